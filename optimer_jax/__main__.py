@@ -1,0 +1,3 @@
+from optimer_jax.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Artifacts on disk, and conversion from and to what others use."""

@@ -1,0 +1,285 @@
+"""Importing a base model, and giving artifacts back in Hugging Face's layout.
+
+A base directory holds, beside its leaves: `config.json` and the tokenizer's files as the source
+has them, `vocabulary.npy` (which rows of the full embedding the leaves hold, where not all) and
+`untouched.safetensors` (the other rows, a vision tower, a projector), so that an export gives
+back every tensor of the source.
+
+A trimmed vocabulary keeps the rows of chosen tokens only. It makes a small model several times
+faster to train, and its losses comparable only among models of the same vocabulary.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from optimer_jax.checkpoints import store
+from optimer_jax.checkpoints.gguf_file import open_gguf
+from optimer_jax.checkpoints.huggingface import (
+  TOKENIZER_FILES,
+  download,
+  open_huggingface,
+  read_safetensors,
+  write_huggingface,
+)
+from optimer_jax.checkpoints.names import (
+  EMBEDDING,
+  Source,
+  Tensor,
+  external_name,
+  to_torch,
+  torch_shape,
+)
+from optimer_jax.errors import UserError
+from optimer_jax.files import atomic_directory, read_json, write_text
+from optimer_jax.gemma3.config import SIZES, Gemma3Config, to_hf
+from optimer_jax.gemma3.layout import init_leaves, leaf_shapes
+
+OTHER_ROWS = 'other_embedding_rows'
+# Multimodal checkpoints carry 64 rows more than the text vocabulary, which divides by 256.
+TEXT_VOCABULARY = 262_144
+
+
+def open_source(name: str, cache: Path) -> Source:
+  """Opens a model by name.
+
+  Args:
+    name: a directory or hub id in Hugging Face's layout, a .gguf file, `package:NAME` (a Python
+      package that carries a GGUF), or `random:SIZE:SEED` (random weights; SIZE from
+      `gemma3.SIZES`).
+    cache: where unpacked files are kept.
+
+  Raises:
+    UserError: it cannot be found or read, or is not a Gemma 3 text tower; the tensor is named.
+  """
+  if name.startswith('package:'):
+    return open_gguf(_package_gguf(name.removeprefix('package:'), cache), name)
+  if name.startswith('random:'):
+    return _random(name)
+  if name.endswith('.gguf'):
+    return open_gguf(Path(name), name)
+  path = Path(name)
+  if not path.exists():
+    path = download(name)
+  return open_huggingface(path, name)
+
+
+def read_leaves(source: Source, kept: np.ndarray | None) -> tuple[Gemma3Config, dict, np.ndarray]:
+  """Reads all leaves of a source, one at a time.
+
+  Args:
+    source: what to read.
+    kept: int [V'], ascending ids whose embedding rows to keep; None keeps them all.
+
+  Returns:
+    The config with the kept vocabulary, the leaves, and the rows not kept [V - V', D].
+  """
+  leaves = {}
+  for name, tensor in source.leaves.items():
+    leaves[name] = tensor.read()
+  if kept is None:
+    return source.config, leaves, leaves[EMBEDDING][:0]
+  full = leaves[EMBEDDING]
+  others = np.delete(full, kept, axis=0)
+  leaves[EMBEDDING] = full[kept]
+  return dataclasses.replace(source.config, vocab_size=len(kept)), leaves, others
+
+
+def import_base(
+  source: Source,
+  path: Path | str,
+  tokenizer: Path,
+  kept: np.ndarray | None = None,
+  settings: Mapping | None = None,
+) -> store.Manifest:
+  """Writes a source as a base artifact.
+
+  Args:
+    source: from `open_source`.
+    path: the artifact's directory.
+    tokenizer: a directory with the tokenizer's files, which are copied.
+    kept: ascending ids of a trimmed vocabulary; None keeps all that the tokenizer knows.
+    settings: what was asked for, kept in the manifest.
+
+  Raises:
+    UserError: a tensor cannot be read, or the disk is full.
+  """
+  trimmed = kept is not None
+  if not trimmed and source.config.vocab_size > TEXT_VOCABULARY:
+    kept = np.arange(TEXT_VOCABULARY, dtype=np.int32)
+  config, leaves, others = read_leaves(source, kept)
+
+  def add_files(new: Path) -> None:
+    for file in tokenizer.iterdir():
+      shutil.copy(file, new / file.name)
+    write_text(new / 'config.json', json.dumps(source.config_json, indent=2) + '\n')
+    untouched = {name: tensor.read() for name, tensor in source.untouched.items()}
+    if kept is not None:
+      np.save(new / 'vocabulary.npy', kept.astype(np.int32))
+      untouched[OTHER_ROWS] = others
+    if untouched:
+      save_file(untouched, new / 'untouched.safetensors')
+
+  notes = list(source.notes)
+  if trimmed:
+    notes.append(
+      f'vocabulary trimmed to {len(kept)} of {source.config.vocab_size} tokens; '
+      'losses compare only with models of the same vocabulary'
+    )
+  facts = {
+    'source': source.name,
+    'prefix': source.prefix,
+    'head': source.head,
+    'full_vocabulary': source.config.vocab_size,
+    'notes': notes,
+    'settings': dict(settings or {}),
+  }
+  return store.save(path, 'base', config, leaves, facts=facts, add_files=add_files)
+
+
+def kept_vocabulary(base: Path | str) -> np.ndarray | None:
+  """The ids whose rows the base holds, ascending int32 [V]; None if it holds them all."""
+  path = Path(base) / 'vocabulary.npy'
+  return np.load(path) if path.exists() else None
+
+
+def export(
+  artifact: Path | str, base: Path | str, out: Path | str, dtype: str | None = None
+) -> None:
+  """Writes a base, CPT model or merged model as a Hugging Face checkpoint.
+
+  Its tensors, their names and config.json are those of the base's source; the vocabulary is the
+  full one again, rows that were not kept being the base's own.
+
+  Args:
+    artifact: what to export.
+    base: the base that it was made from.
+    out: the directory to write.
+    dtype: float32, bfloat16 or float16; default: that of the base, tensor by tensor.
+
+  Raises:
+    UserError: the artifact is of another base, or damaged, or the disk is full.
+  """
+  base = Path(base)
+  base_manifest = store.read_manifest(base, 'base')
+  manifest, leaves = store.load(artifact, ('base', 'cpt', 'merged'))
+  parent = manifest.parents.get('base', manifest.fingerprint)
+  if parent != base_manifest.fingerprint:
+    raise UserError(
+      f'{artifact} was made from the base {parent[:8]}, but {base} is '
+      f'{base_manifest.fingerprint[:8]}: give the base that it was made from'
+    )
+  config_json = read_json(base / 'config.json')
+  if dtype:
+    config_json |= {'dtype': dtype, 'torch_dtype': dtype}
+  facts, kept = base_manifest.facts, kept_vocabulary(base)
+  tensors = {}
+  for leaf, array in leaves.items():
+    kind = dtype or base_manifest.leaves[leaf]['dtype']
+    tensors[facts['prefix'] + external_name(leaf, 0)] = Tensor(
+      torch_shape(leaf, array.shape), kind, lambda leaf=leaf, a=array: to_torch(leaf, a)
+    )
+  untouched = _untouched(base)
+  others = untouched.pop(OTHER_ROWS, None)
+  if kept is not None:
+    embedding, kind = leaves[EMBEDDING], dtype or base_manifest.leaves[EMBEDDING]['dtype']
+    shape = (facts['full_vocabulary'], embedding.shape[1])
+
+    def full_embedding():
+      full = np.empty(shape, kind)
+      missing = np.ones(len(full), bool)
+      missing[kept] = False
+      full[kept], full[missing] = embedding.astype(kind), others.read().astype(kind)
+      return full
+
+    tensors[facts['prefix'] + external_name(EMBEDDING, 0)] = Tensor(shape, kind, full_embedding)
+  if facts['head']:
+    tensors[facts['head']] = tensors[facts['prefix'] + external_name(EMBEDDING, 0)]
+  with atomic_directory(out) as new:
+    write_huggingface(new, config_json, tensors | untouched)
+    for file in TOKENIZER_FILES:
+      if (base / file).exists():
+        shutil.copy(base / file, new / file)
+    write_text(new / 'README.md', _model_card(manifest, base_manifest))
+
+
+def _untouched(base: Path) -> dict[str, Tensor]:
+  path = base / 'untouched.safetensors'
+  return read_safetensors(path) if path.exists() else {}
+
+
+def _model_card(manifest: store.Manifest, base: store.Manifest) -> str:
+  source, notes = base.facts['source'], ''.join(f'- {note}\n' for note in base.facts['notes'])
+  made = {
+    'base': 'The base model itself, imported and written again.',
+    'cpt': f'The base model after continual pre-training on {manifest.facts.get("dataset")}.',
+    'merged': 'The base model plus a weighted sum of distribution vectors, one for each data '
+    'set, each the difference that continual pre-training on it made.',
+  }[manifest.kind]
+  weights = ''.join(
+    f'| {name} | {weight:.4f} |\n' for name, weight in manifest.facts.get('weights', {}).items()
+  )
+  table = f'\n| data set | weight |\n|---|---|\n{weights}' if weights else ''
+  return f"""---
+license: gemma
+library_name: transformers
+pipeline_tag: text-generation
+---
+# A Gemma 3 model made with optimer_jax
+
+{made} The files of the original model were modified.
+{table}
+- base: {source} (fingerprint {base.fingerprint})
+- this model: fingerprint {manifest.fingerprint}
+{notes}
+Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.
+By using this model you agree to them and to the Gemma Prohibited Use Policy named there.
+"""
+
+
+def _random(name: str) -> Source:
+  _, size, *seed = name.split(':')
+  if size not in SIZES:
+    raise UserError(f'{name}: {size!r} is no size; the sizes are {", ".join(SIZES)}')
+  config = SIZES[size]
+  values = init_leaves(config, int(seed[0]) if seed else 0)
+  leaves = {
+    leaf: Tensor(shape, 'float32', lambda leaf=leaf: values[leaf])
+    for leaf, shape in leaf_shapes(config).items()
+  }
+
+  return Source(
+    name,
+    config,
+    to_hf(config, 'float32'),
+    leaves,
+    'model.',
+    None,
+    {},
+    None,
+    notes=('random weights: nothing was learnt before continual pre-training',),
+  )
+
+
+def _package_gguf(package: str, cache: Path) -> Path:
+  path = cache / f'{package}.gguf'
+  if path.exists():
+    return path
+  try:
+    module = importlib.import_module(package)
+  except ImportError:
+    raise UserError(
+      f"the package {package} is not installed: pip install 'optimer_jax[gemma270m]'"
+    ) from None
+  cache.mkdir(parents=True, exist_ok=True)
+  part = path.with_suffix(f'.{os.getpid()}.part')
+  module.assemble(str(part))
+  part.replace(path)
+  return path

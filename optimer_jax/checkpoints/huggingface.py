@@ -1,0 +1,167 @@
+"""Hugging Face's layout: config.json, safetensors files and tokenizer files; in and out."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from optimer_jax.checkpoints.names import (
+  EMBEDDING,
+  Source,
+  Tensor,
+  checked,
+  external_name,
+)
+from optimer_jax.errors import UserError
+from optimer_jax.files import no_room, read_json, write_json
+from optimer_jax.gemma3.config import from_hf
+from optimer_jax.gemma3.layout import leaf_shapes
+
+# Prefixes of the text tower: text-only files, hub files of 4B and up, transformers in memory.
+PREFIXES = ('model.language_model.', 'language_model.model.', 'model.')
+TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'generation_config.json',
+  'preprocessor_config.json',
+  'processor_config.json',
+)
+
+
+def open_huggingface(path: Path, name: str | None = None) -> Source:
+  """Opens a directory with config.json and safetensors files.
+
+  Raises:
+    UserError: a tensor is missing, left over or misshapen, or a file is damaged; it is named.
+  """
+  name = name or str(path)
+  config_json = read_json(path / 'config.json')
+  config = from_hf(config_json, f'{name}/config.json')
+  found = {}
+  for file in _shards(path):
+    found |= read_safetensors(file)
+  prefix = next((p for p in PREFIXES if f'{p}embed_tokens.weight' in found), None)
+  if prefix is None:
+    raise UserError(f'{name} has no tensor …embed_tokens.weight: it is not a Gemma 3 checkpoint')
+  shapes = leaf_shapes(config)
+  leaves = {}
+  for leaf, shape in shapes.items():
+    key = prefix + external_name(leaf, 0)
+    leaves[leaf] = checked(found.pop(key, None), leaf, shape, key, name)
+  untouched, head = {}, None
+  for key in list(found):
+    if re.match(r'(model\.)?(vision_tower|multi_modal_projector)\.', key):
+      untouched[key] = found.pop(key)
+    elif re.fullmatch(r'(model\.|language_model\.)?lm_head\.weight', key):
+      tensor = found.pop(key)
+      if not np.array_equal(tensor.read(), leaves[EMBEDDING].read()):
+        raise UserError(f'{name}: {key} differs from the embedding, but Gemma 3 ties them')
+      head = key
+  if found:
+    extra = ', '.join(sorted(found)[:3])
+    raise UserError(f'{name} has tensors that a Gemma 3 checkpoint lacks: {extra}')
+
+  def write_tokenizer(directory: Path) -> None:
+    for file in TOKENIZER_FILES:
+      if (path / file).exists():
+        (directory / file).write_bytes((path / file).read_bytes())
+
+  return Source(name, config, config_json, leaves, prefix, head, untouched, write_tokenizer)
+
+
+def _shards(path: Path) -> list[Path]:
+  index = path / 'model.safetensors.index.json'
+  if index.exists():
+    files = sorted({path / file for file in read_json(index)['weight_map'].values()})
+  else:
+    files = sorted(path.glob('*.safetensors'))
+  if not files:
+    raise UserError(f'{path} has no .safetensors files: only those can be read')
+  for file in files:
+    if not file.exists():
+      raise UserError(f'{file} is missing: {index.name} names it, so copy it again')
+  return files
+
+
+_DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+  """The tensors of one file; their values are read when they are asked for.
+
+  Raises:
+    UserError: the file is damaged, or holds a dtype that no Gemma 3 checkpoint has.
+  """
+  try:
+    with safe_open(file, 'np') as opened:
+      parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+      shapes = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in parts.items()}
+  except (SafetensorError, OSError) as error:
+    raise UserError(f'{file} is damaged or cut off ({error}): copy it again') from error
+
+  def read(key):
+    with safe_open(file, 'np') as opened:
+      return opened.get_tensor(key)
+
+  out = {}
+  for key, (shape, dtype) in shapes.items():
+    if dtype not in _DTYPES:
+      raise UserError(f'{file}: {key} is {dtype}, but only F32, BF16 and F16 can be read')
+    out[key] = Tensor(shape, _DTYPES[dtype], lambda key=key: read(key))
+  return out
+
+
+def download(name: str) -> Path:
+  """Fetches a model of the hub, or finds it in the hub's own cache."""
+  from huggingface_hub import snapshotdownload
+
+  try:
+    patterns = ['*.safetensors', '*.safetensors.index.json', 'config.json', *TOKENIZER_FILES]
+    return Path(snapshotdownload(name, allow_patterns=patterns))
+  except Exception as error:  # the hub's client has many errors: offline, gated, unknown …
+    reason = str(error).strip().splitlines()[0]
+    raise UserError(
+      f'{name} is neither a directory nor a model that the hub gave ({reason}): check the name, '
+      "accept Gemma's terms there and log in with `hf auth login`"
+    ) from error
+
+
+SHARD_BYTES = 5_000_000_000
+
+
+def write_huggingface(path: Path, config_json: dict, tensors: Mapping[str, Tensor]) -> None:
+  """Writes config.json and safetensors files of at most 5 GB each, one file in memory at a time.
+
+  Args:
+    path: an existing directory.
+    config_json: what config.json shall hold.
+    tensors: Hugging Face name to tensor in [out, in] form; each is written in its `dtype`.
+  """
+  sizes = {name: np.dtype(t.dtype).itemsize * math.prod(t.shape) for name, t in tensors.items()}
+  shards, room = [], 0
+  for name, size in sizes.items():
+    if size > room:
+      shards.append([])
+      room = SHARD_BYTES
+    shards[-1].append(name)
+    room -= size
+  files = {}
+  for i, names in enumerate(shards, 1):
+    file = f'model-{i:05}-of-{len(shards):05}.safetensors'
+    file = file if len(shards) > 1 else 'model.safetensors'
+    arrays = {name: tensors[name].read().astype(tensors[name].dtype) for name in names}
+    with no_room(path):
+      save_file(arrays, path / file, metadata={'format': 'pt'})
+    files |= dict.fromkeys(names, file)
+  if len(shards) > 1:
+    index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': files}
+    write_json(path / 'model.safetensors.index.json', index)
+  write_json(path / 'config.json', config_json)

@@ -1,0 +1,145 @@
+"""gin at the edge: finds the files, reads them, and says what is wrong with them in one sentence.
+
+Library code knows nothing of gin; what can be configured is listed here.
+"""
+
+import dataclasses
+import difflib
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+from optimer_jax import pipeline
+from optimer_jax.data import datasets, sources
+from optimer_jax.errors import UsageError
+from optimer_jax.parallel import sharding
+from optimer_jax.search import study
+from optimer_jax.training import train
+
+CONFIGURABLE = {
+  'optimer_jax.pipeline': (pipeline.Run, pipeline.EvalConfig),
+  'optimer_jax.data.datasets': (
+    datasets.Dataset,
+    datasets.from_jsonl,
+    datasets.from_recipe,
+    datasets.synthetic,
+  ),
+  'optimer_jax.data.sources': (sources.Hub, sources.Jsonl, sources.Parquet, sources.TextFiles),
+  'optimer_jax.parallel.sharding': (sharding.MeshConfig,),
+  'optimer_jax.search.study': (study.StudyConfig,),
+  'optimer_jax.training.train': (train.TrainConfig,),
+}
+
+
+def gin_search_paths() -> list[Path]:
+  """The folders where a gin file's name is looked up, the current one first.
+
+  `runs/quickstart.gin` is then found from any folder, and a file of one's own goes before ours.
+  """
+  package = Path(__file__).resolve().parent
+  installed = package / 'gin_files'
+  return [Path.cwd(), installed if installed.is_dir() else package.parent / 'gin']
+
+
+def read_run(files: Sequence[str], bindings: Sequence[str]) -> pipeline.Run:
+  """The run that gin files and bindings describe.
+
+  Raises:
+    UsageError: a file is not found, or a name or value in a file or binding is wrong; the nearest
+      known name is given.
+  """
+  gin.clear_config()
+  for module, members in CONFIGURABLE.items():
+    for member in members:
+      # Known by these names in bindings, whether or not a file has mentioned them.
+      gin.external_configurable(member, module=module)
+  gin.config.register_file_reader(_open, lambda file: _find(file) is not None)
+  for file in files:
+    _check_file(file)
+    _parse(lambda file=file: gin.parse_config_file(file), f'in {file}')
+  for binding in bindings:
+    _check_macro(binding)
+    _parse(lambda binding=binding: gin.parse_config(binding), f'in the binding {binding!r}')
+  gin.finalize()
+  run = _parse(gin.get_configurable(pipeline.Run), 'in the gin configuration')
+  return dataclasses.replace(run, gin=gin.operative_config_str())
+
+
+def _parse(action, where: str):
+  logging.disable(logging.ERROR)  # gin logs an error for each reader that does not have a file
+  try:
+    return action()
+  except Exception as error:  # gin raises every kind there is, and wraps those of constructors
+    raise UsageError(_explain(str(error), where)) from error
+  finally:
+    logging.disable(logging.NOTSET)
+
+
+def _explain(message: str, where: str) -> str:
+  """gin's message in one sentence, with the nearest name that it knows."""
+  found = re.search(r"No configurable matching (?:reference )?'@?([^']+?)(?:\(\))?'", message)
+  if found:
+    name = found[1]
+    return f'no configurable is called {name!r} {where}{_nearest(name.split(".")[-1], _names())}'
+  found = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", message)
+  if found:
+    name, parameter = found[1].split('.')[-1], found[2]
+    return f'{name} has no parameter {parameter!r} {where}{_nearest(parameter, _fields(name))}'
+  found = re.search(r"In call to configurable 'macro' .* in scope '([^']+)'", message)
+  if found:
+    return f'the macro {found[1]} has no value {where}: bind it, as in {found[1]} = …'
+  found = re.search(r'No values supplied by Gin or caller for arguments: \[(.*?)\]', message)
+  if found:
+    return f'{found[1]} must be bound {where}: give it a value'
+  found = re.search(r'missing \d+ required positional arguments?: (.*)', message)
+  if found:
+    return f'{found[1].splitlines()[0]} must be bound {where}: give it a value'
+  line = next((line for line in message.splitlines() if line.strip()), 'it cannot be read')
+  return f'{line.strip()} {where}'
+
+
+def _names() -> list[str]:
+  return [member.__name__ for members in CONFIGURABLE.values() for member in members]
+
+
+def _fields(name: str) -> list[str]:
+  for members in CONFIGURABLE.values():
+    for member in members:
+      if member.__name__ == name:
+        code = member.__init__ if isinstance(member, type) else member
+        return [a for a in code.__annotations__ if a != 'return']
+  return []
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+  close = difflib.get_close_matches(name, known, 1, 0.5)
+  return f'; did you mean {close[0]}?' if close else f'; known are {", ".join(sorted(known))}'
+
+
+def _find(file: str) -> Path | None:
+  return next((p / file for p in gin_search_paths() if (p / file).is_file()), None)
+
+
+def _open(file: str):
+  return open(_find(file), encoding='utf-8')
+
+
+def _check_file(file: str) -> None:
+  if _find(file):
+    return
+  known = [
+    str(found.relative_to(path)) for path in gin_search_paths()[1:] for found in path.rglob('*.gin')
+  ]
+  raise UsageError(f'there is no gin file {file}{_nearest(file, known)}')
+
+
+def _check_macro(binding: str) -> None:
+  """A macro that no file has is a misspelt one: gin would take it in silence."""
+  found = re.match(r'\s*([A-Za-z_]\w*)\s*=(?!=)', binding)
+  if not found:
+    return
+  known = [m for m in re.findall(r'^([A-Z_a-z]\w*) = ', gin.config_str(), re.MULTILINE)]
+  if found[1] not in known:
+    raise UsageError(f'no macro is called {found[1]!r}{_nearest(found[1], known)}')

@@ -1,0 +1,1 @@
+"""Text to batches: sources, Gemma's tokenizer, packed rows, mixtures."""

@@ -1,0 +1,161 @@
+"""The layers of a Gemma 3 block.
+
+Shape letters: B batch, T queries, S keys, D embed, F mlp, N query heads, K key-value heads,
+G = N / K query heads per key-value head, H head_dim, V vocab.
+
+Parameters are what Hugging Face stores, transposed to put the input first and with heads split,
+never rescaled. Every parameter carries its logical axes as the metadata `axes`. Modules are
+built only under `nnx.eval_shape`: the shapes are declared here, the values come from a
+checkpoint. `stack` puts leading axes before a parameter's own, for layers that `jax.lax.scan`
+walks.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optimer_jax.gemma3.config import Gemma3Config
+
+
+def param(stack: tuple[int, ...], axes: tuple[str, ...], *shape: int) -> nnx.Param:
+  return nnx.Param(jnp.zeros((*stack, *shape)), axes=('layers',) * len(stack) + axes)
+
+
+def project(einsum: str, x: jax.Array, w: jax.Array) -> jax.Array:
+  """`jnp.einsum` with the weight in x's dtype; on CPU over flattened tokens (faster there)."""
+  w = w.astype(x.dtype)
+  if jax.default_backend() != 'cpu':
+    return jnp.einsum(einsum, x, w)
+  left, right = einsum.split('->')[0].split(',')
+  contracted = sum(axis in right for axis in left)
+  rows, columns = x.shape[:-contracted], w.shape[contracted:]
+  inner = math.prod(w.shape[:contracted])
+  return (x.reshape(-1, inner) @ w.reshape(inner, -1)).reshape(*rows, *columns)
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * (1 + scale), in float32."""
+
+  def __init__(self, dim: int, axis: str, eps: float, stack: tuple[int, ...] = ()):
+    self.eps = eps
+    self.scale = param(stack, (axis,), dim)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class Rope(NamedTuple):
+  """cos and sin of the rotary angles, float32 [B, T, 1, H/2]."""
+
+  cos: jax.Array
+  sin: jax.Array
+
+
+def rope(positions: jax.Array, head_dim: int, theta: float, scale: float = 1.0) -> Rope:
+  """Rotary angles of `positions` [B, T]; `scale` stretches the context linearly."""
+  frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim) / scale
+  angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+  return Rope(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: jax.Array, r: Rope) -> jax.Array:
+  """Rotates the halves of each head of x [B, T, heads, H]."""
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * r.cos - b * r.sin, b * r.cos + a * r.sin], axis=-1).astype(x.dtype)
+
+
+class KVCache(NamedTuple):
+  """Keys and values of one layer, [B, S, K, H] each; slot s holds the token at position s."""
+
+  k: jax.Array
+  v: jax.Array
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with normalised queries and keys."""
+
+  def __init__(self, c: Gemma3Config, stack: tuple[int, ...] = ()):
+    d, n, k, h = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+    self.groups = n // k
+    self.scale = c.query_scalar**-0.5
+    self.q_proj = param(stack, ('embed', 'heads', 'head_dim'), d, n, h)
+    self.k_proj = param(stack, ('embed', 'kv_heads', 'head_dim'), d, k, h)
+    self.v_proj = param(stack, ('embed', 'kv_heads', 'head_dim'), d, k, h)
+    self.o_proj = param(stack, ('heads', 'head_dim', 'embed'), n, h, d)
+    self.q_norm = RMSNorm(h, 'head_dim', c.norm_eps, stack)
+    self.k_norm = RMSNorm(h, 'head_dim', c.norm_eps, stack)
+
+  def __call__(
+    self, x: jax.Array, r: Rope, mask: jax.Array, cache: KVCache | None, slots: jax.Array | None
+  ) -> tuple[jax.Array, KVCache | None]:
+    """x [B, T, D], mask [B, T, S] (True: may look); with a cache, `slots` [B, T] take the keys."""
+    q = rotate(self.q_norm(project('BTD,DNH->BTNH', x, self.q_proj[...])), r)
+    k = rotate(self.k_norm(project('BTD,DKH->BTKH', x, self.k_proj[...])), r)
+    v = project('BTD,DKH->BTKH', x, self.v_proj[...])
+    if cache is not None:
+      rows = jnp.arange(x.shape[0])[:, None]
+      cache = KVCache(cache.k.at[rows, slots].set(k), cache.v.at[rows, slots].set(v))
+      k, v = cache
+    q = q.reshape(*q.shape[:2], -1, self.groups, q.shape[-1])  # B T K G H
+    logits = jnp.einsum('BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask[:, None, None], logits * self.scale, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
+    out = jnp.einsum('BKGTS,BSKH->BTKGH', probs, v)
+    out = out.reshape(*out.shape[:2], -1, out.shape[-1])  # B T N H
+    return project('BTNH,NHD->BTD', out, self.o_proj[...]), cache
+
+
+class MLP(nnx.Module):
+  """GELU-gated feed-forward."""
+
+  def __init__(self, c: Gemma3Config, stack: tuple[int, ...] = ()):
+    self.gate_proj = param(stack, ('embed', 'mlp'), c.embed_dim, c.mlp_dim)
+    self.up_proj = param(stack, ('embed', 'mlp'), c.embed_dim, c.mlp_dim)
+    self.down_proj = param(stack, ('mlp', 'embed'), c.mlp_dim, c.embed_dim)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gate = jax.nn.gelu(project('BTD,DF->BTF', x, self.gate_proj[...]), approximate=True)
+    up = project('BTD,DF->BTF', x, self.up_proj[...])
+    return project('BTF,FD->BTD', gate * up, self.down_proj[...])
+
+
+class Block(nnx.Module):
+  """Attention and MLP, each normalised before and after, added to the residual stream."""
+
+  def __init__(self, c: Gemma3Config, stack: tuple[int, ...] = ()):
+    self.pre_attn_norm = RMSNorm(c.embed_dim, 'embed', c.norm_eps, stack)
+    self.attn = Attention(c, stack)
+    self.post_attn_norm = RMSNorm(c.embed_dim, 'embed', c.norm_eps, stack)
+    self.pre_mlp_norm = RMSNorm(c.embed_dim, 'embed', c.norm_eps, stack)
+    self.mlp = MLP(c, stack)
+    self.post_mlp_norm = RMSNorm(c.embed_dim, 'embed', c.norm_eps, stack)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    r: Rope,
+    mask: jax.Array,
+    cache: KVCache | None = None,
+    slots: jax.Array | None = None,
+  ) -> tuple[jax.Array, KVCache | None]:
+    y, cache = self.attn(self.pre_attn_norm(x), r, mask, cache, slots)
+    x = x + self.post_attn_norm(y)
+    x = x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+    return x, cache
+
+
+class Embedder(nnx.Module):
+  """The tied embedding, [V, D]."""
+
+  def __init__(self, c: Gemma3Config):
+    self.embedding = param((), ('vocab', 'embed'), c.vocab_size, c.embed_dim)
+
+  def encode(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Tokens [B, T] to [B, T, D], times sqrt(D) rounded to `dtype`."""
+    table = self.embedding[...]
+    return table[tokens].astype(dtype) * jnp.asarray(table.shape[-1] ** 0.5, dtype)

@@ -1,0 +1,1 @@
+"""Base and vectors to a candidate."""

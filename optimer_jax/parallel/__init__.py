@@ -1,0 +1,1 @@
+"""Meshes, and one table from logical axes to mesh axes."""

@@ -1,0 +1,15 @@
+"""What a process sets before its first computation."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import jax
+
+
+def start(cache: Path) -> None:
+  """Keeps compiled programs in `cache`, and the libraries' chatter off the terminal."""
+  jax.config.update('jax_compilation_cache_dir', str(cache / 'compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+  logging.getLogger('absl').setLevel(logging.ERROR)
+  warnings.filterwarnings('ignore', category=DeprecationWarning)

@@ -1,0 +1,453 @@
+"""The whole path from one description: import, train, extract, search, merge, evaluate, export.
+
+Each verb is a function of a `Run`. A stage whose result stands in the run directory, made with
+the same settings, is not done again; one that was interrupted goes on where it was.
+"""
+
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimer_jax.checkpoints import base as bases
+from optimer_jax.checkpoints import store
+from optimer_jax.data.datasets import Dataset
+from optimer_jax.data.mixtures import mixture
+from optimer_jax.data.rows import Rows, packed_rows, window_rows
+from optimer_jax.data.sources import default_cache
+from optimer_jax.data.tokenizer import Tokenizer, choose_kept, write_tiny_tokenizer
+from optimer_jax.errors import UserError
+from optimer_jax.evaluation import bits_per_byte
+from optimer_jax.files import read_json, write_json, write_text
+from optimer_jax.gemma3 import Model, from_leaves, to_leaves
+from optimer_jax.merging.weighted_sum import weighted_sum
+from optimer_jax.parallel.sharding import MeshConfig
+from optimer_jax.progress import say
+from optimer_jax.report.costs import account
+from optimer_jax.report.page import write_report
+from optimer_jax.search.study import StudyConfig, run_study
+from optimer_jax.training.train import TrainConfig, finish, train
+from optimer_jax.vectors.extract import extract
+from optimer_jax.vectors.geometry import geometry
+from optimer_jax.vectors.pool import Pool, load_pool
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Bits per byte on held-out rows, one window of one document each."""
+
+  dev_rows: int = 64  # of each data set, for the search
+  test_rows: int = 64  # of each data set, for the result
+  batch: int = 8  # rows at once
+  seed: int = 0  # of the choice of rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run directory and everything that its results depend on."""
+
+  directory: str
+  base: str  # what `checkpoints.base.open_source` takes
+  datasets: tuple[Dataset, ...]
+  length: int = 1024  # tokens of a row, T
+  trim_vocabulary: int = 0  # keep tokens seen this often in the training text; 0 keeps them all
+  dtype: str = 'float32'  # of activations and matrix products; bfloat16 on accelerators
+  scan: bool | None = None  # scan over layers; default: everywhere but on CPU
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
+  vector_dtype: str = 'float32'
+  export_dtype: str | None = None  # default: that of the base
+  cache: str | None = None  # downloads and packed rows; default: ~/.cache/optimer_jax
+  expect: str = ''  # what the pipeline says at its start of time and memory
+  gin: str = ''  # the operative gin, kept with the results
+
+  @property
+  def path(self) -> Path:
+    return Path(self.directory)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return tuple(dataset.name for dataset in self.datasets)
+
+  @property
+  def cache_path(self) -> Path:
+    return Path(self.cache) if self.cache else default_cache()
+
+  def dataset(self, name: str) -> Dataset:
+    for dataset in self.datasets:
+      if dataset.name == name:
+        return dataset
+    raise UserError(f'the run has no data set {name!r}; it has {", ".join(self.names)}')
+
+
+def pipeline(run: Run) -> None:
+  """Import, one CPT run for each data set, vectors, search, merge, test, export, report."""
+  say(
+    f'OptiMer on {", ".join(run.names)} in {run.directory}: import {run.base}, train once on '
+    f'each of {len(run.names)} data sets, extract the vectors, search their weights in '
+    f'{run.study.trials} evaluations, merge, test, export, report.'
+  )
+  if run.expect:
+    say(run.expect)
+  import_base(run)
+  for name in run.names:
+    train_one(run, name)
+  extract_all(run)
+  search(run)
+  merge(run)
+  export(run)
+  evaluate(run)
+  report(run)
+
+
+def import_base(run: Run) -> store.Manifest:
+  """Reads the base model into RUN/base, with a trimmed vocabulary if the run asks for one."""
+  path = run.path / 'base'
+  settings = {'source': run.base, 'trim_vocabulary': run.trim_vocabulary}
+  if run.trim_vocabulary:
+    settings['datasets'] = list(run.names)
+  if (path / 'manifest.json').exists():
+    manifest = store.read_manifest(path, 'base')
+    _same_settings(path, manifest.facts['settings'], settings)
+    return manifest
+  with account(run.path, 'import'), tempfile.TemporaryDirectory() as tokenizer_path:
+    source = bases.open_source(run.base, run.cache_path)
+    tokenizer_path = Path(tokenizer_path)
+    texts = [dataset.train for dataset in run.datasets]
+    if source.write_tokenizer:
+      source.write_tokenizer(tokenizer_path)
+    else:
+      documents = (document.text for text in texts for document in text.documents())
+      write_tiny_tokenizer(tokenizer_path, documents, source.config.vocab_size)
+    kept = None
+    if run.trim_vocabulary:
+      kept = choose_kept(Tokenizer.load(tokenizer_path), texts, run.trim_vocabulary)
+    manifest = bases.import_base(source, path, tokenizer_path, kept, settings)
+  for note in manifest.facts['notes']:
+    say(f'base: {note}')
+  _keep_gin(run)
+  return manifest
+
+
+def train_one(run: Run, name: str) -> store.Manifest:
+  """Trains the base on one data set into RUN/cpt/NAME."""
+  path, work = run.path / 'cpt' / name, run.path / 'training' / name
+  base_manifest = import_base(run)
+  identity = {'base': base_manifest.fingerprint, 'dataset': name, 'length': run.length}
+  settings = {**dataclasses.asdict(run.training), **identity}
+  if (path / 'manifest.json').exists():
+    manifest = store.read_manifest(path, 'cpt')
+    _same_settings(path, manifest.facts['settings'], settings)
+    return manifest
+  with account(run.path, f'train/{name}') as cost:
+    dataset, model = run.dataset(name), _model(run)
+    rows = packed_rows(dataset.train, _tokenizer(run), run.length, _rows_cache(run))
+    dev = _held_out(run, dataset, 'dev')
+    _, leaves = store.load(run.path / 'base', 'base')
+
+    def held_out(params: dict) -> dict[str, float]:
+      found = bits_per_byte.score(model, params, dev, run.evaluation.batch)
+      return {'dev_bits_per_byte': found.value}
+
+    leaves, spent = train(
+      run.training,
+      model,
+      leaves,
+      mixture({name: rows}, {name: 1.0}, run.training.seed),
+      work,
+      name=name,
+      identity=identity,
+      mesh=run.mesh,
+      evaluate=held_out,
+    )
+    cost.update({key: spent[key] for key in ('flops', 'tokens')})
+    manifest = store.save(
+      path,
+      'cpt',
+      model.config,
+      leaves,
+      parents={'base': base_manifest.fingerprint},
+      facts={
+        'dataset': name,
+        'settings': settings,
+        'tokens': run.training.steps * run.training.batch * run.length,
+        'seed': run.training.seed,
+        'gin': run.gin,
+      },
+      add_files=lambda new: write_text(
+        new / 'metrics.jsonl', (work / 'metrics.jsonl').read_text(encoding='utf-8')
+      ),
+    )
+    finish(work)
+  return manifest
+
+
+def extract_all(run: Run) -> None:
+  """Writes RUN/vectors/NAME for each CPT model, and the geometry of the pool."""
+  vectors, base = run.path / 'vectors', run.path / 'base'
+  made = {name: store.read_manifest(run.path / 'cpt' / name, 'cpt') for name in run.names}
+  for name, model in made.items():
+    path = vectors / name
+    if (path / 'manifest.json').exists():
+      old = store.read_manifest(path, 'vector')
+      dtypes = {leaf['dtype'] for leaf in old.leaves.values()}
+      if old.parents['model'] == model.fingerprint and dtypes == {run.vector_dtype}:
+        continue
+    with account(run.path, f'extract/{name}'):
+      extract(base, run.path / 'cpt' / name, path, name, run.vector_dtype)
+      (vectors / 'geometry.json').unlink(missing_ok=True)
+  if not (vectors / 'geometry.json').exists():
+    inspect(run)
+
+
+def inspect(run: Run) -> dict:
+  """Norms and cosines of the vectors, into RUN/vectors/geometry.json."""
+  with account(run.path, 'inspect'):
+    _, base = store.load(run.path / 'base', 'base')
+    pool = {name: store.load(run.path / 'vectors' / name, 'vector')[1] for name in run.names}
+    found = geometry(base, pool)
+    write_json(run.path / 'vectors' / 'geometry.json', found)
+  return found
+
+
+def search(run: Run) -> dict:
+  """Searches the merge weights on the dev rows; RUN/studies/NAME keeps every trial."""
+  directory = run.path / 'studies' / run.study.name
+  with account(run.path, f'search/{run.study.name}') as cost:
+    pool = _pool(run)
+    rows = {d.name: _held_out(run, d, 'dev') for d in run.datasets}
+    candidate, spent = _candidates(pool), {'flops': 0.0, 'tokens': 0}
+
+    def evaluate(weights: Mapping[str, float]) -> dict:
+      began = time.monotonic()
+      found = _score_all(run, candidate(weights), rows)
+      flops = _flops(run, rows)
+      spent['flops'] += flops
+      spent['tokens'] += sum(r.tokens.size for r in rows.values())
+      return {
+        'scores': {name: s.summary() for name, s in found.items()},
+        'seconds': time.monotonic() - began,
+        'flops': flops,
+      }
+
+    best = run_study(directory, run.names, evaluate, run.study, pool.fingerprint, tasks=tuple(rows))
+    cost.update(spent)
+  return best
+
+
+def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'optimer') -> Path:
+  """Writes RUN/merged/NAME with the weights given, or those that the study chose."""
+  path = run.path / 'merged' / name
+  if weights is None:
+    weights = read_json(run.path / 'studies' / run.study.name / 'best.json')['weights']
+  if set(weights) != set(run.names):
+    raise UserError(f'give one weight for each of {", ".join(run.names)}, not {dict(weights)}')
+  made = {n: store.read_manifest(run.path / 'vectors' / n, 'vector') for n in run.names}
+  if (path / 'manifest.json').exists():
+    old = store.read_manifest(path, 'merged')
+    parents = {n: m.fingerprint for n, m in made.items()}
+    if old.facts['weights'] == dict(weights) and old.facts['vectors'] == parents:
+      return path
+  with account(run.path, f'merge/{name}'):
+    pool = _pool(run)
+    params = _candidates(pool)(weights)
+    store.save(
+      path,
+      'merged',
+      pool.model.config,
+      to_leaves(pool.model.config, params),
+      parents={'base': pool.manifests['base'].fingerprint},
+      facts={
+        'weights': dict(weights),
+        'vectors': {n: m.fingerprint for n, m in made.items()},
+        'gin': run.gin,
+      },
+    )
+  return path
+
+
+def export(run: Run, name: str = 'optimer') -> Path:
+  """Writes RUN/merged/NAME in Hugging Face's layout to RUN/export/NAME."""
+  out = run.path / 'export' / name
+  manifest = store.read_manifest(run.path / 'merged' / name, 'merged')
+  if (out / 'README.md').exists() and manifest.fingerprint in (out / 'README.md').read_text():
+    return out
+  with account(run.path, f'export/{name}'):
+    bases.export(run.path / 'merged' / name, run.path / 'base', out, run.export_dtype)
+  return out
+
+
+def evaluate(run: Run) -> dict[str, dict]:
+  """Scores base, CPT models, their average, OptiMer and its export on the test rows.
+
+  RUN/evaluations/NAME.json keeps the score of every example, comparisons.json the paired
+  differences.
+  """
+  directory = run.path / 'evaluations'
+  rows = {d.name: _held_out(run, d, 'test') for d in run.datasets}
+  best = read_json(run.path / 'studies' / run.study.name / 'best.json')
+  k = len(run.names)
+  candidates = {
+    'base': dict.fromkeys(run.names, 0.0),
+    **{f'cpt-{n}': {m: float(m == n) for m in run.names} for n in run.names},
+    'average': dict.fromkeys(run.names, 1 / k),
+    'optimer': best['weights'],
+  }
+  pool = functools.cache(lambda: _pool(run))
+  candidate = functools.cache(lambda: _candidates(pool()))
+  identity = {
+    'vectors': {n: store.read_manifest(run.path / 'vectors' / n).fingerprint for n in run.names},
+    'rows': {n: store.digest(r.tokens) for n, r in rows.items()},
+  }
+  for name, weights in candidates.items():
+    _evaluate_once(run, rows, directory, name, weights, identity, lambda w=weights: candidate()(w))
+  _evaluate_once(
+    run, rows, directory, 'exported', best['weights'], identity, lambda: _exported(run)
+  )
+  results = {path.stem: read_json(path) for path in directory.glob('*.json')}
+  scores = {
+    name: {
+      task: bits_per_byte.Score(np.asarray(x['nats']), np.asarray(x['bytes']))
+      for task, x in found['per_example'].items()
+    }
+    for name, found in results.items()
+    if name != 'comparisons'
+  }
+  comparisons = [
+    {'a': 'optimer', 'b': other, **bits_per_byte.compare(scores['optimer'], scores[other])}
+    for other in ('average', 'base', *(f'cpt-{n}' for n in run.names), 'exported')
+  ]
+  write_json(directory / 'comparisons.json', comparisons)
+  return results
+
+
+def report(run: Run) -> Path:
+  """Writes RUN/report/index.html from what the run directory holds."""
+  _keep_gin(run)
+  page = write_report(run.path)
+  say(f'report: {page}')
+  return page
+
+
+def _evaluate_once(
+  run: Run,
+  rows: Mapping[str, Rows],
+  directory: Path,
+  name: str,
+  weights: Mapping[str, float],
+  identity: Mapping,
+  params: Callable[[], dict],
+) -> None:
+  path = directory / f'{name}.json'
+  identity = {**identity, 'weights': dict(weights)}
+  if path.exists() and read_json(path).get('identity') == identity:
+    return
+  with account(run.path, f'evaluate/{name}') as cost:
+    found = _score_all(run, params(), rows)
+    cost.update(flops=_flops(run, rows), tokens=sum(r.tokens.size for r in rows.values()))
+  values = [score.value for score in found.values()]
+  write_json(
+    path,
+    {
+      'name': name,
+      'split': 'test',
+      'weights': dict(weights),
+      'scores': {task: score.summary() for task, score in found.items()},
+      'mean': sum(values) / len(values),
+      'per_example': {
+        task: {'nats': score.nats.tolist(), 'bytes': score.bytes.tolist()}
+        for task, score in found.items()
+      },
+      'flops': cost['flops'],
+      'identity': identity,
+    },
+  )
+
+
+def _exported(run: Run) -> dict:
+  """The exported checkpoint, read again in the dtype that it was written in."""
+  source = bases.open_source(str(run.path / 'export' / 'optimer'), run.cache_path)
+  config, leaves, _ = bases.read_leaves(source, bases.kept_vocabulary(run.path / 'base'))
+  model = dataclasses.replace(_model(run), config=config)
+  return jax.tree.map(jnp.asarray, from_leaves(model, leaves))
+
+
+def _model(run: Run) -> Model:
+  config = store.read_manifest(run.path / 'base', 'base').model
+  scan = jax.default_backend() != 'cpu' if run.scan is None else run.scan
+  return Model(config, dtype=run.dtype, scan=scan)
+
+
+def _tokenizer(run: Run) -> Tokenizer:
+  base = run.path / 'base'
+  return Tokenizer.load(base, bases.kept_vocabulary(base))
+
+
+def _held_out(run: Run, dataset: Dataset, split: str) -> Rows:
+  count = run.evaluation.dev_rows if split == 'dev' else run.evaluation.test_rows
+  return window_rows(
+    getattr(dataset, split),
+    _tokenizer(run),
+    run.length,
+    count,
+    run.evaluation.seed,
+    _rows_cache(run),
+  )
+
+
+def _rows_cache(run: Run) -> Path:
+  return run.cache_path / 'rows'
+
+
+def _pool(run: Run) -> Pool:
+  vectors = {name: run.path / 'vectors' / name for name in run.names}
+  return load_pool(run.path / 'base', vectors, _model(run))
+
+
+def _candidates(pool: Pool) -> Callable[[Mapping[str, float]], dict]:
+  """A function from weights to parameters that reuses the last candidate's memory.
+
+  The parameters that it returned before are gone when it is called again.
+  """
+  held = [jax.tree.map(jnp.copy, pool.base)]
+
+  def candidate(weights: Mapping[str, float]) -> dict:
+    w = jnp.asarray([weights[name] for name in pool.names], jnp.float32)
+    held[0] = weighted_sum(held[0], pool.base, pool.vectors, w)
+    return held[0]
+
+  return candidate
+
+
+def _score_all(run: Run, params: dict, rows: Mapping[str, Rows]) -> dict[str, bits_per_byte.Score]:
+  model = _model(run)
+  return {
+    name: bits_per_byte.score(model, params, r, run.evaluation.batch) for name, r in rows.items()
+  }
+
+
+def _flops(run: Run, rows: Mapping[str, Rows]) -> float:
+  config = _model(run).config
+  return sum(r.tokens.size * config.flops_per_token(run.length) for r in rows.values())
+
+
+def _keep_gin(run: Run) -> None:
+  if run.gin:
+    write_text(run.path / 'operative.gin', run.gin)
+
+
+def _same_settings(path: Path, old: Mapping, new: Mapping) -> None:
+  changed = sorted(key for key in {**old, **new} if old.get(key) != new.get(key))
+  if changed:
+    raise UserError(
+      f'{path} was made with {changed[0]} = {old.get(changed[0])}, not {new.get(changed[0])}: '
+      'give the same settings, or delete it to make it again'
+    )

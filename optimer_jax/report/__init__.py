@@ -1,0 +1,1 @@
+"""Plots and the single-file HTML report of a run."""

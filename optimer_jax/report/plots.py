@@ -1,0 +1,508 @@
+"""The figures of the report: plain data in, a matplotlib Figure out, no pyplot.
+
+Wherever a figure has error bars they are 2 standard errors long on either side.
+"""
+
+import math
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from optimer_jax.report.style import FAINT, INK, LIGHT, MUTED, PAPER, STEPS, WIDTH, Look, styled
+
+
+@dataclass(frozen=True)
+class Model:
+  """One row of the score figure and table.
+
+  `scores` and `change` map a column (a task, or 'mean') to (value, stderr) in bits/byte. `change`
+  is the paired difference from base; {} where there is no base.
+  """
+
+  name: str
+  label: str
+  look: Look
+  scores: dict[str, tuple[float, float]]
+  change: dict[str, tuple[float, float]]
+
+
+@styled
+def scores(models: list[Model], columns: list[str]) -> Figure:
+  """A panel a column, a row a model: change against base in per cent, +- 2 s.e., value beside it.
+
+  All panels share one relative scale. Without a base the values themselves, each on its own scale.
+  """
+  relative = all(model.change for model in models)
+  across = min(len(columns), 5)
+  down = math.ceil(len(columns) / across)
+  figure = Figure(figsize=(WIDTH, down * (0.27 * len(models) + 0.62) + 0.25))
+  figure.get_layout_engine().set(wspace=0.09)
+  panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
+  points = {
+    column: [_point(model, column, models, relative) for model in models] for column in columns
+  }
+  for panel, column in zip(panels, columns, strict=False):
+    drawn = [item for item in enumerate(points[column]) if item[1]]
+    # With a base all panels share one scale; otherwise each has its own.
+    shared = points if relative else [column]
+    seen = [point for name in shared for point in points[name] if point]
+    edges = [x + sign * 2 * error for x, error in seen for sign in (-1, 1)]
+    low, high = min(edges), max(edges)
+    span = (high - low) or abs(high) or 1
+    # Room on the right for the values, which stand in a column of their own.
+    panel.set_xlim(low - 0.08 * span, high + 0.56 * span)
+    panel.set_ylim(len(models) - 0.4, -0.6)
+    panel.set_yticks(range(len(models)), [model.label for model in models])
+    panel.tick_params(axis='y', length=0)
+    panel.hlines(range(len(models)), low, high, color=FAINT, linewidth=0.7, zorder=0)
+    if relative:
+      panel.axvline(0, color=MUTED, linewidth=0.8, zorder=0.5)
+    for y, (x, error) in drawn:
+      look = models[y].look
+      panel.errorbar(x, y, xerr=2 * error, linestyle='none', elinewidth=1.3, **look.kwargs())
+    best = min((models[y].scores[column][0] for y, _ in drawn), default=None)
+    for y, _ in drawn:
+      value = models[y].scores[column][0]
+      panel.text(
+        0.99,
+        y,
+        f'{value:.3f}',
+        transform=panel.get_yaxis_transform(),
+        ha='right',
+        va='center',
+        fontsize=8,
+        color=INK if value == best else MUTED,
+        fontweight='bold' if value == best else 'normal',
+      )
+    ticks = MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(low, high)
+    panel.set_xticks([tick for tick in ticks if low - 0.04 * span <= tick <= high + 0.04 * span])
+    panel.set_title(column, fontweight='bold' if column == 'mean' else 'normal')
+    panel.spines['left'].set_visible(False)
+    panel.spines['bottom'].set_bounds(low, high)
+  for panel in panels[len(columns) :]:
+    panel.set_visible(False)
+  text = 'change against base, %' if relative else 'bits/byte'
+  figure.supxlabel(f'{text}  (bars: ± 2 s.e.; numbers: bits/byte, lower is better)', fontsize=8.5)
+  return figure
+
+
+def _point(model: Model, column: str, models: list[Model], relative: bool):
+  if column not in model.scores or (relative and column not in model.change):
+    return None
+  if not relative:
+    return model.scores[column]
+  # An error that is not known has no bar.
+  base = next(other for other in models if other.name == 'base').scores[column][0]
+  return tuple(0.0 if math.isnan(v) else 100 * v / base for v in model.change[column])
+
+
+@styled
+def weights(found: dict[str, float], ratios: dict[str, float], look: dict[str, Look]) -> Figure:
+  """Bars: merge weights w (left) and mixture ratios in per cent (right); a line at uniform."""
+  names = list(found)
+  figure = Figure(figsize=(WIDTH, 0.3 * len(names) + 0.75))
+  left, right = figure.subplots(1, 2, sharey=True)
+  percent = {name: 100 * value for name, value in ratios.items()}
+  for panel, values, title, uniform, text in (
+    (left, found, 'merge weight $w$', 1 / len(names), '{:.3f}'),
+    (right, percent, 'mixture ratio, %', 100 / len(names), '{:.1f}'),
+  ):
+    bars = [values.get(name, 0) for name in names]
+    panel.barh(range(len(names)), bars, height=0.62, color=[look[name].color for name in names])
+    widest = max(map(abs, [*bars, uniform]))
+    low = min([0, *bars])
+    panel.set_xlim(low - (0.16 * widest if low < 0 else 0), max([0, uniform, *bars]) * 1.16)
+    for y, value in enumerate(bars):
+      panel.annotate(
+        text.format(value).replace('-', '−'),
+        (value, y),
+        xytext=(4 if value >= 0 else -4, 0),
+        textcoords='offset points',
+        va='center',
+        ha='left' if value >= 0 else 'right',
+        fontsize=8,
+        bbox={'facecolor': PAPER, 'edgecolor': 'none', 'pad': 2},
+      )
+    panel.axvline(0, color=MUTED, linewidth=0.8)
+    panel.axvline(uniform, color=INK, linewidth=0.9, linestyle=(0, (3, 3)), zorder=0)
+    panel.text(
+      uniform,
+      -0.56,
+      f'uniform, 1/{len(names)}',
+      ha='center',
+      va='bottom',
+      fontsize=7.5,
+      color=MUTED,
+    )
+    panel.set_xlabel(title)
+    panel.tick_params(axis='y', length=0)
+    panel.spines['left'].set_visible(False)
+    panel.xaxis.set_major_locator(MaxNLocator(5))
+  left.set_yticks(range(len(names)), names)
+  left.set_ylim(len(names) - 0.5, -0.55)
+  return figure
+
+
+SAMPLERS = {'seed': Look(MUTED, 's'), 'vizier': Look(LIGHT['d0'], 'o')}
+SAMPLERS['surrogate'] = Look(LIGHT['d1'], 'D')
+
+
+@styled
+def convergence(trials: list[dict], objective: str, marked: dict[str, int]) -> Figure:
+  """Objective of each trial in order, by sampler, with the best so far as a line.
+
+  `marked` names trials by index (for example the base, the uniform average). A few trials far
+  worse than the rest, as the base is, would flatten the others: they stand at the upper edge.
+  """
+  figure = Figure(figsize=(WIDTH, 2.9))
+  panel = figure.subplots()
+  values = [trial['objective'] for trial in trials]
+  ceiling = _ceiling(values)
+  span = (ceiling - min(values)) or 1
+  number = [trial['trial'] for trial in trials]
+  best = [min(values[: i + 1]) for i in range(len(values))]
+  shown = [min(value, ceiling + 0.1 * span) for value in best]
+  panel.step(number, shown, where='post', color=INK, linewidth=1.1, label='best so far', zorder=1)
+  names = list(dict.fromkeys(trial['sampler'] for trial in trials))
+  extra = iter([Look(LIGHT[f'd{i}'], marker) for i, marker in ((2, '^'), (3, 'v'), (5, 'P'))] * 9)
+  for name in names:
+    look = SAMPLERS.get(name) or next(extra)
+    own = [i for i, trial in enumerate(trials) if trial['sampler'] == name]
+    inside = [i for i in own if values[i] <= ceiling]
+    panel.plot(
+      [number[i] for i in inside],
+      [values[i] for i in inside],
+      linestyle='none',
+      label=name,
+      **look.kwargs(),
+    )
+    for i in set(own) - set(inside):
+      panel.plot(number[i], ceiling + 0.1 * span, **{**look.kwargs(), 'marker': '^'})
+  called = {i: name for name, i in marked.items()}
+  for i, value in enumerate(values):
+    if value > ceiling:
+      # Upright, so that neighbours keep clear of each other.
+      panel.annotate(
+        f'{called.get(i, "")} {value:.3f}'.strip(),
+        (number[i], ceiling + 0.1 * span),
+        xytext=(0, 6),
+        textcoords='offset points',
+        ha='center',
+        va='bottom',
+        rotation=90,
+        fontsize=7.5,
+        color=MUTED,
+      )
+    elif i in called:
+      panel.annotate(
+        called[i],
+        (number[i], value),
+        xytext=(5, 4),
+        textcoords='offset points',
+        va='bottom',
+        fontsize=8,
+        color=MUTED,
+      )
+  panel.set_ylim(
+    min(values) - 0.08 * span, ceiling + (0.12 if max(values) > ceiling else 0.08) * span
+  )
+  panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+  panel.set_xlabel('trial')
+  name = f'objective ({objective})' if objective else 'objective'
+  panel.set_ylabel(f'{name}, bits/byte')
+  panel.grid(axis='y')
+  figure.legend(loc='outside upper left', ncols=len(names) + 1, handletextpad=0.4)
+  return figure
+
+
+def _ceiling(values: list[float]) -> float:
+  """The highest value that is drawn to scale: the upper quartile plus three times its height."""
+  ordered = sorted(values)
+  if len(ordered) < 5:
+    return ordered[-1]
+  quartile = ordered[math.ceil(0.75 * len(ordered)) - 1]
+  return max(v for v in ordered if v <= quartile + 3 * (quartile - ordered[0]))
+
+
+@styled
+def weight_space(trials: list[dict], names: list[str]) -> Figure:
+  """Parallel coordinates: a line a trial over the weights, ending at its objective's rank.
+
+  Colour runs over ranks (darker, and in dark mode brighter, is better); the best is thick.
+  """
+  figure = Figure(figsize=(WIDTH, 3.1))
+  panel = figure.subplots()
+  order = sorted(range(len(trials)), key=lambda i: trials[i]['objective'], reverse=True)
+  spread = [trial['weights'].get(name, 0) for trial in trials for name in names]
+  low, high = min([0, *spread]), max([*spread, 0.1])
+  low, high = (low - 0.06 * (high - low) if low < 0 else 0), high + 0.06 * (high - low)
+  panel.set_ylim(low - 0.03 * (high - low), high)
+  last = len(names)
+  for place, i in enumerate(order):
+    rank = place / max(len(order) - 1, 1)
+    best = place == len(order) - 1
+    values = [trials[i]['weights'].get(name, 0) for name in names]
+    end = low + rank * (high - low) * 0.97
+    panel.plot(
+      [*range(last), last],
+      [*values, end],
+      color=LIGHT[f's{round(rank * (STEPS - 1))}'],
+      linewidth=2.4 if best else 1.0,
+      alpha=1 if best else 0.8,
+      solid_joinstyle='round',
+      zorder=2 + rank,
+      clip_on=False,
+    )
+  for x in range(last + 1):
+    panel.axvline(x, color=MUTED, linewidth=0.8, zorder=1)
+  panel.hlines(1 / last, 0, last - 1, color=INK, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
+  panel.set_xlim(-0.02, last + 0.02)
+  panel.set_xticks(range(last + 1), [*(f'$w$  {name}' for name in names), 'objective (rank)'])
+  panel.tick_params(axis='x', length=0, pad=6, labelsize=8.5)
+  panel.set_ylabel('merge weight $w$')
+  for side in panel.spines.values():
+    side.set_visible(False)
+  for rank, i in ((1, order[-1]), (0, order[0])):
+    panel.annotate(
+      f'{trials[i]["objective"]:.3f}{" best" if rank else " worst"}',
+      (last, low + rank * (high - low) * 0.97),
+      xytext=(6, 0),
+      textcoords='offset points',
+      va='center',
+      fontsize=8,
+      fontweight='bold' if rank else 'normal',
+      annotation_clip=False,
+    )
+    if len(order) == 1:
+      break
+  return figure
+
+
+@dataclass(frozen=True)
+class Gap:
+  """One model on development and test text: {column: (value, stderr)} in bits/byte.
+
+  `change` is its paired difference from base on the test text.
+  """
+
+  label: str
+  look: Look
+  dev: dict[str, tuple[float, float]]
+  test: dict[str, tuple[float, float]]
+  change: dict[str, tuple[float, float]]
+
+
+@styled
+def gap(models: list[Gap], look: dict[str, Look]) -> Figure:
+  """Left: mean on development and test text. Right: change against base, test over development.
+
+  `models` begins with the base. A point on the diagonal keeps on test text what the search saw.
+  """
+  figure = Figure(figsize=(WIDTH, 3.3))
+  left, right = figure.subplots(1, 2, width_ratios=[1, 1.1])
+  for y, model in enumerate(models):
+    for split, shift, fill in ((model.dev, -0.13, False), (model.test, 0.13, True)):
+      value, error = split['mean']
+      style = Look(model.look.color, 'o' if split is model.dev else 's', fill)
+      left.errorbar(value, y + shift, xerr=2 * error, elinewidth=1.2, **style.kwargs())
+  left.set_yticks(range(len(models)), [model.label for model in models])
+  left.set_ylim(len(models) - 0.5, -0.5)
+  left.tick_params(axis='y', length=0)
+  left.spines['left'].set_visible(False)
+  left.grid(axis='x')
+  left.xaxis.set_major_locator(MaxNLocator(5))
+  left.set_xlabel('mean bits/byte (bars: ± 2 s.e.)')
+  left.legend(
+    handles=[
+      Line2D([], [], linestyle='none', label='development', **Look(INK, 'o', False).kwargs()),
+      Line2D([], [], linestyle='none', label='test', **Look(INK, 's').kwargs()),
+    ],
+    loc='lower center',
+    bbox_to_anchor=(0.5, 1),
+    ncols=2,
+    handletextpad=0.2,
+  )
+  base = models[0]
+  handles, reach = {}, []
+  for model, marker, fill in zip(models[1:], 'os', (False, True), strict=False):
+    for column in model.change:
+      if not all(column in split for split in (model.dev, base.dev, base.test)):
+        continue
+      x = 100 * (model.dev[column][0] / base.dev[column][0] - 1)
+      y, error = (100 * v / base.test[column][0] for v in model.change[column])
+      error = 0.0 if math.isnan(error) else error
+      color = INK if column == 'mean' else look[column].color if column in look else MUTED
+      style = Look(color, marker, fill)
+      right.errorbar(x, y, yerr=2 * error, linestyle='none', elinewidth=1.2, **style.kwargs())
+      reach += [x, y - 2 * error, y + 2 * error]
+      handles[column] = Line2D([], [], linestyle='none', label=column, marker='o', color=color)
+    handles[model.label] = Line2D(
+      [], [], linestyle='none', label=model.label, **Look(INK, marker, fill).kwargs()
+    )
+  low, high = min(reach, default=-1), max(reach, default=1)
+  pad = 0.06 * ((high - low) or 1)
+  right.plot([low - pad, high + pad], [low - pad, high + pad], color=MUTED, linewidth=0.8, zorder=0)
+  right.axhline(0, color=FAINT, linewidth=0.7, zorder=0)
+  right.axvline(0, color=FAINT, linewidth=0.7, zorder=0)
+  right.set(xlim=(low - pad, high + pad), ylim=(low - pad, high + pad), aspect='equal')
+  for axis in (right.xaxis, right.yaxis):
+    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+  right.set_xlabel('development: change against base, %')
+  right.set_ylabel('test: change against base, %')
+  if handles:
+    right.legend(
+      handles=list(handles.values()),
+      loc='center left',
+      bbox_to_anchor=(1.0, 0.5),
+      handletextpad=0.2,
+    )
+  return figure
+
+
+@styled
+def cosine(names: list[str], matrix: list[list[float]]) -> Figure:
+  """The cosine of each pair of distribution vectors; colour to the largest pair, at least .1."""
+  size = len(names)
+  side = min(0.62 * size + 1.1, WIDTH)
+  figure = Figure(figsize=(side, side * 0.86))
+  panel = figure.subplots()
+  pairs = [abs(matrix[i][j]) for i in range(size) for j in range(size) if i != j]
+  top = max([*pairs, 0.1])
+  for i in range(size):
+    for j in range(size):
+      value = matrix[i][j]
+      panel.add_patch(
+        Rectangle(
+          (j - 0.48, i - 0.48),
+          0.96,
+          0.96,
+          facecolor=FAINT if i == j else LIGHT['d0' if value >= 0 else 'd1'],
+          alpha=0.5 if i == j else 0.06 + 0.5 * abs(value) / top,
+          linewidth=0,
+        )
+      )
+      text = '1' if i == j else f'{value:.3f}'.replace('0.', '.', 1).replace('-', '−')
+      panel.text(j, i, text, ha='center', va='center', fontsize=8.5 if size < 12 else 6)
+  panel.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), aspect='equal')
+  panel.set_xticks(range(size), names)
+  panel.set_yticks(range(size), names)
+  panel.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+  for spine in panel.spines.values():
+    spine.set_visible(False)
+  return figure
+
+
+@styled
+def norms(
+  by_layer: dict[str, list[float]],
+  by_module: dict[str, dict[str, float]],
+  look: dict[str, Look],
+) -> Figure:
+  """The vectors' norms per layer (left) and per module (right), both from zero."""
+  modules = list(dict.fromkeys(name for row in by_module.values() for name in row))
+  figure = Figure(figsize=(WIDTH, max(2.9, 0.24 * len(modules) + 0.9)))
+  left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
+  for name, values in by_layer.items():
+    left.plot(range(len(values)), values, markersize=3.6, **look[name].kwargs())
+  for i, (name, row) in enumerate(by_module.items()):
+    shift = (i - (len(by_module) - 1) / 2) * min(0.13, 0.7 / len(by_module))
+    own = [(row[module], y + shift) for y, module in enumerate(modules) if module in row]
+    style = look[name].kwargs()
+    right.plot(*zip(*own, strict=True), linestyle='none', markersize=4, **style)
+  left.set_ylim(0)
+  left.set_xlabel('layer')
+  left.set_ylabel(r'norm of $\tau$')
+  left.xaxis.set_major_locator(MaxNLocator(integer=True))
+  left.grid(axis='y')
+  right.set_xlim(0)
+  right.set_yticks(range(len(modules)), modules)
+  right.set_ylim(len(modules) - 0.5, -0.5)
+  right.tick_params(axis='y', length=0)
+  right.hlines([y + 0.5 for y in range(len(modules) - 1)], *right.get_xlim(), color=FAINT, lw=0.7)
+  right.set_xlabel(r'norm of $\tau$')
+  right.spines['left'].set_visible(False)
+  _legend(figure, list(dict.fromkeys([*by_layer, *by_module])), look)
+  return figure
+
+
+@styled
+def training(runs: dict[str, list[dict]], look: dict[str, Look]) -> Figure:
+  """A column a CPT run: training loss (above) and held-out bits/byte (below) against the step."""
+  names = list(runs)
+  across = min(len(names), 5)
+  blocks = math.ceil(len(names) / across)
+  figure = Figure(figsize=(WIDTH, 3.3 * blocks))
+  panels = figure.subplots(2 * blocks, across, squeeze=False, sharex='col')
+  for i in range(blocks * across):
+    block, column = divmod(i, across)
+    pair = panels[2 * block][column], panels[2 * block + 1][column]
+    for panel, key, marked in zip(pair, ('loss', 'dev_bits_per_byte'), (False, True), strict=True):
+      panel.set_visible(i < len(names))
+      if i >= len(names):
+        continue
+      # A resumed run writes again the steps after its last save: the later line counts.
+      rows = {row['step']: row[key] for row in runs[names[i]] if row.get(key) is not None}
+      style = look[names[i]].kwargs() if marked else {'color': look[names[i]].color}
+      panel.plot(sorted(rows), [rows[step] for step in sorted(rows)], markersize=4, **style)
+      panel.grid(axis='y')
+      panel.yaxis.set_major_locator(MaxNLocator(4))
+      panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+      if not rows:
+        panel.text(0.5, 0.5, 'none', ha='center', color=MUTED, transform=panel.transAxes)
+        panel.set_yticks([])
+    if i < len(names):
+      pair[0].set_title(names[i])
+      pair[1].set_xlabel('step')
+    if column == 0:
+      pair[0].set_ylabel('training loss,\nnats/token')
+      pair[1].set_ylabel('development,\nbits/byte')
+  figure.align_ylabels(panels[:, 0])
+  return figure
+
+
+@styled
+def costs(stages: list[dict], look: dict[str, Look]) -> Figure:
+  """Bars: wall time in seconds (left) and FLOPs (right) of each stage, both from zero."""
+  figure = Figure(figsize=(WIDTH, 0.25 * len(stages) + 0.75))
+  panels = figure.subplots(1, 2, sharey=True)
+  colors = [
+    look[name].color if (name := row['stage'].rpartition('/')[2]) in look else MUTED
+    for row in stages
+  ]
+  for panel, key, title, text in (
+    (panels[0], 'seconds', 'wall time, s', '{:,.0f}'),
+    (panels[1], 'flops', 'FLOPs', '{:.2g}'),
+  ):
+    values = [row[key] for row in stages]
+    panel.barh(range(len(stages)), values, height=0.62, color=colors)
+    panel.set_xlim(0, (max(values) or 1) * 1.17)
+    for y, value in enumerate(values):
+      label = text.format(value).replace('e+', 'e') if value else '–'
+      panel.annotate(
+        label if value >= 1 or not value else f'{value:.1f}',
+        (value, y),
+        xytext=(4, 0),
+        textcoords='offset points',
+        va='center',
+        fontsize=8,
+      )
+    panel.set_xlabel(title)
+    panel.tick_params(axis='y', length=0)
+    panel.spines['left'].set_color(MUTED)
+    panel.xaxis.set_major_locator(MaxNLocator(5))
+    formatter = ScalarFormatter(useMathText=True)
+    formatter.set_powerlimits((-3, 5))
+    panel.xaxis.set_major_formatter(formatter)
+  panels[0].set_yticks(range(len(stages)), [row['stage'] for row in stages])
+  panels[0].set_ylim(len(stages) - 0.45, -0.55)
+  return figure
+
+
+def _legend(figure: Figure, names: list[str], look: dict[str, Look]) -> None:
+  handles = [Line2D([], [], label=name, **look[name].kwargs()) for name in names]
+  figure.legend(
+    handles=handles, loc='outside upper left', ncols=min(len(names), 8), handletextpad=0.4
+  )

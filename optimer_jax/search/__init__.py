@@ -1,0 +1,1 @@
+"""The search for merge weights: objectives, the trial ledger, samplers and studies."""

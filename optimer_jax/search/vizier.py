@@ -1,0 +1,285 @@
+"""OSS Vizier's GP bandit as the sampler of a study: fast, repeatable, kept in an SQLite file.
+
+Vizier as it comes compiles two programs anew for every suggestion. Here it does not: one
+acquisition optimizer serves every designer of the same number of weights (its static fields hash
+by identity), and the observations are padded so that the shapes stay the same through an ordinary
+study. Evaluations (75,000) and restarts (4) are Vizier's own.
+
+The GP runs in float64 inside `jax.enable_x64`, which is part of the key of every compiled
+function: code outside keeps its precision and its compiled programs.
+
+A suggestion depends on the study's seed and on the completed trials, and on nothing else.
+"""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sqlalchemy
+from google.rpc import code_pb2
+from vizier import algorithms as vza
+from vizier import pythia
+from vizier._src.algorithms.designers import gp_bandit
+from vizier._src.algorithms.designers.gp import acquisitions
+from vizier._src.jax import types
+from vizier._src.service import custom_errors, pythia_service, vizier_client, vizier_service
+from vizier.service import clients
+from vizier.service import pyvizier as vz
+from vizier.utils import json_utils
+
+from optimer_jax.progress import say
+
+# ({data set: weight}, objective to be minimised, or None where the candidate was infeasible)
+Observation = tuple[Mapping[str, float], float | None]
+
+_CLIENT = 'worker-0'  # A stable id: after a kill it gets its unfinished trial back.
+_UCB = 1.8  # Vizier's own weight of the standard deviation.
+_PADDING = 20
+
+
+class VizierSampler:
+  """The GP bandit behind Vizier's embedded service, with its study in the SQLite file `path`.
+
+  `observed` holds the ledger's trials in order. A file that is missing, damaged or says anything
+  else is written again from them. One process may hold the file.
+  """
+
+  def __init__(
+    self,
+    path: Path | str,
+    names: Sequence[str],
+    lower: float,
+    upper: float,
+    seed: int,
+    observed: Sequence[Observation] = (),
+  ):
+    self._names, self._seed = list(names), seed
+    self._problem = _problem(names, lower, upper)
+    path = Path(path).absolute()
+    existed = path.exists()
+    try:
+      self._open(path)
+      agrees = _observations(self._trials()) == [(dict(w), y) for w, y in observed]
+    except Exception:  # Whatever is wrong with the file, the ledger replaces it.
+      agrees = False
+    if agrees:
+      return
+    if existed:
+      say(f'{path.name} does not agree with the ledger: writing it again')
+    for file in (path, Path(f'{path}-journal')):
+      file.unlink(missing_ok=True)
+    self._open(path)
+    for weights, objective in observed:
+      self.observe(weights, objective)
+
+  def suggest(self, n: int) -> list[dict[str, float]]:
+    """The next n candidates; asked again before they are observed, the same ones."""
+    with jax.enable_x64(True):
+      trials = self._study.suggest(count=n, client_id=_CLIENT)
+    return [{name: trial.parameters[name] for name in self._names} for trial in trials]
+
+  def observe(self, weights: Mapping[str, float], objective: float | None) -> None:
+    """Completes the suggested trial that has these weights, or else adds a completed trial.
+
+    Args:
+      weights: by data set, inside the bounds.
+      objective: to be minimised; None records the candidate as infeasible.
+    """
+    number = 1 + len(_observations(self._trials()))
+    done = _trial(number, weights, objective)
+    for trial in self._trials():
+      if trial.status == vz.TrialStatus.ACTIVE:
+        client = self._study.get_trial(trial.id)
+        if trial.parameters.as_dict() == dict(weights):
+          client.complete(done.final_measurement, infeasible_reason=done.infeasibility_reason)
+          return
+        client.delete()  # It was suggested before this trial was known.
+    # Through the data store: the client can add no infeasible trial.
+    proto = vz.TrialConverter.to_proto(done)
+    proto.name = f'{self._study.resource_name}/trials/{number}'
+    self._servicer.datastore.create_trial(proto)
+
+  def _trials(self) -> list[vz.Trial]:
+    return list(self._study.trials().get())
+
+  def _open(self, path: Path) -> None:
+    """Opens or creates the study.
+
+    Raises:
+      ValueError: the file holds a study of another search space.
+    """
+    url = sqlalchemy.URL.create('sqlite', database=str(path))
+    before = jax.config.jax_enable_x64
+    try:
+      self._servicer = vizier_service.VizierServicer(database_url=url)
+      self._servicer.default_pythia_service = pythia_service.PythiaServicer(
+        self._servicer,
+        policy_factory=lambda problem, algorithm, supporter, name: _Policy(
+          self._problem, self._seed, supporter
+        ),
+      )
+    finally:
+      # The service switches float64 on for the whole process.
+      jax.config.update('jax_enable_x64', before)
+    config = vz.StudyConfig.from_problem(self._problem)
+    config.algorithm = 'GAUSSIAN_PROCESS_BANDIT'
+    # An explicit servicer, and not Vizier's global one, so that a process can hold several studies.
+    proto = vizier_service.study_pb2.Study(display_name='study', study_spec=config.to_proto())
+    study = self._servicer.CreateStudy(
+      vizier_service.vizier_service_pb2.CreateStudyRequest(parent='owners/optimer', study=proto)
+    )
+    if study.study_spec != config.to_proto():  # Vizier itself would ignore ours in silence.
+      raise ValueError(f'{path} holds a study of another search space')
+    self._study = clients.Study(vizier_client.VizierClient(study.name, _CLIENT, self._servicer))
+    self._end_operations(study.name)
+
+  def _end_operations(self, study_name: str) -> None:
+    """Ends what a process killed inside `suggest` left open: its client would wait for ever."""
+    store = self._servicer.datastore
+    try:
+      left = store.list_suggestion_operations(study_name, _CLIENT, lambda op: not op.done)
+    except custom_errors.NotFoundError:
+      return
+    for operation in left:
+      operation.error.code = code_pb2.Code.ABORTED
+      operation.error.message = 'the process was killed'
+      operation.done = True
+      store.update_suggestion_operation(operation)
+
+
+def surrogate_optimum(
+  names: Sequence[str], lower: float, upper: float, seed: int, observed: Sequence[Observation]
+) -> tuple[dict[str, float], float]:
+  """The minimiser of the GP's posterior mean over the box, and the objective predicted there.
+
+  Vizier's own acquisition optimizer looks for it, with the standard deviation's weight set to
+  zero and within the trust region about the observed trials. At least one observation must have
+  an objective.
+
+  Returns:
+    The weights by data set, and the posterior median of the objective (the GP's mean carried
+    back through Vizier's monotone output warping).
+  """
+  finite = [(y, weights) for weights, y in observed if y is not None]
+  if len({y for y, _ in finite}) < 2:  # A GP learns nothing from one value.
+    return dict(finite[0][1]), finite[0][0]
+  with jax.enable_x64(True):
+    designer = _designer(_problem(names, lower, upper), seed, observed, ucb=0.0)
+    (best,) = designer.suggest(1)
+    # With a weight of zero the acquisition is the posterior mean itself, warped and negated.
+    found = json.loads(
+      best.metadata.ns('devinfo')['acquisition_optimization'], cls=json_utils.NumpyDecoder
+    )['acquisition']
+    predicted = -float(designer._output_warper.unwarp(np.reshape(found, (1, 1))).item())
+  return {name: best.parameters.get_value(name) for name in names}, predicted
+
+
+@dataclasses.dataclass
+class _Policy:
+  """What the service asks for suggestions; it keeps no state."""
+
+  problem: vz.ProblemStatement
+  seed: int
+  supporter: pythia.PolicySupporter
+
+  def suggest(self, request: pythia.SuggestRequest) -> pythia.SuggestDecision:
+    observed = _observations(self.supporter.GetTrials(status_matches=vz.TrialStatus.COMPLETED))
+    designer = _designer(self.problem, self.seed, observed, ucb=_UCB)
+    return pythia.SuggestDecision(designer.suggest(request.count), metadata=vz.MetadataDelta())
+
+
+def _problem(names: Sequence[str], lower: float, upper: float) -> vz.ProblemStatement:
+  """One float per data set, sorted by name: the order of `names` must not change a suggestion."""
+  problem = vz.ProblemStatement()
+  for name in sorted(names):
+    problem.search_space.root.add_float_param(name, lower, upper)
+  problem.metric_information.append(
+    vz.MetricInformation('objective', goal=vz.ObjectiveMetricGoal.MINIMIZE)
+  )
+  return problem
+
+
+def _designer(
+  problem: vz.ProblemStatement, seed: int, observed: Sequence[Observation], ucb: float
+) -> gp_bandit.VizierGPBandit:
+  """A designer that knows `observed`; needs float64.
+
+  An infeasible candidate counts as no better than the worst of the others. (Vizier's own output
+  warping would flatten a few finite values among infeasible ones to one.) Until there are two
+  different values to learn from, the suggestions are quasi-random.
+  """
+  values = {y for _, y in observed if y is not None}
+  worst, learnable = max(values, default=0.0), len(values) >= 2
+  coefficient = jnp.asarray(ucb)  # An array, so that another value is not another program.
+  designer = gp_bandit.VizierGPBandit(
+    problem,
+    rng=jax.random.fold_in(jax.random.PRNGKey(seed), len(observed)),
+    num_seed_trials=1 if learnable else len(observed) + 1,
+    padding_schedule=_Padding(),
+    acquisition_optimizer_factory=_acquisition_optimizer,
+    scoring_function_factory=acquisitions.bayesian_scoring_function_factory(
+      lambda data: acquisitions.UCB(coefficient)
+    ),
+  )
+  trials = [
+    _trial(number, weights, worst if y is None else y)
+    for number, (weights, y) in enumerate(observed, 1)
+  ]
+  designer.update(vza.CompletedTrials(trials), vza.ActiveTrials())
+  return designer
+
+
+_optimizers = {}
+
+
+def _acquisition_optimizer(converter):
+  """Vizier's optimizer, one for each number of weights: it knows nothing else of the space."""
+  size = len(converter.output_specs.continuous)
+  if size not in _optimizers:
+    _optimizers[size] = gp_bandit.default_acquisition_optimizer_factory(converter)
+  return _optimizers[size]
+
+
+class _Padding:
+  """Pads rows to the next multiple of 20 above their number.
+
+  Vizier's own schedule compiles anew at 10 rows (a full block counts as unpadded) and at 11, and
+  for every number of rows the small programs that do the padding.
+  """
+
+  def pad_features(self, array: np.ndarray) -> types.PaddedArray:
+    rows = len(array)
+    fill = -1 if np.issubdtype(array.dtype, np.integer) else np.nan
+    spare = (rows // _PADDING + 1) * _PADDING - rows if rows else 0
+    padded = np.concatenate([array, np.full((spare, *array.shape[1:]), fill, array.dtype)])
+    mask = np.broadcast_to((np.arange(rows + spare) < rows)[:, None], padded.shape)
+    return types.PaddedArray(padded, fill, np.array(array.shape), mask)
+
+  pad_labels = pad_features
+
+
+def _trial(number: int, weights: Mapping[str, float], objective: float | None) -> vz.Trial:
+  # Vizier sorts by creation time: number the seconds, so that the clock has no part in it.
+  created = datetime.datetime.fromtimestamp(number, datetime.UTC)
+  trial = vz.Trial(id=number, parameters=dict(weights), creation_time=created)
+  if objective is None:
+    reason = 'a task has no finite score'
+    return trial.complete(vz.Measurement(), infeasibility_reason=reason)
+  return trial.complete(vz.Measurement({'objective': objective}))
+
+
+def _observations(trials: Sequence[vz.Trial]) -> list[Observation]:
+  """The completed trials, in the order of their numbers."""
+  return [
+    (
+      trial.parameters.as_dict(),
+      None if trial.infeasible else trial.final_measurement.metrics['objective'].value,
+    )
+    for trial in sorted(trials, key=lambda trial: trial.id)
+    if trial.status == vz.TrialStatus.COMPLETED
+  ]

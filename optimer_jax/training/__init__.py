@@ -1,0 +1,1 @@
+"""Continual pre-training on one data set or a mixture."""

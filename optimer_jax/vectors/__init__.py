@@ -1,0 +1,1 @@
+"""Distribution vectors: what continual pre-training on one data set changed."""

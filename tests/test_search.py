@@ -1,0 +1,304 @@
+"""The search on surfaces whose optimum is known, and killed where it hurts."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optimer_jax.errors import UsageError, UserError
+from optimer_jax.search import objectives, study
+from optimer_jax.search.vizier import VizierSampler, surrogate_optimum
+
+NAMES = ['ja', 'zh', 'math', 'code']
+OPTIMUM = np.array([0.2, 0.35, 0.45, 0.6])
+FLOOR = 2.0
+
+
+def surface(weights: dict[str, float]) -> float:
+  return FLOOR + float(np.sum((np.array([weights[n] for n in NAMES]) - OPTIMUM) ** 2))
+
+
+def evaluate(weights: dict[str, float]) -> dict:
+  """Two tasks about the surface, with noise of 1% of it that depends on the weights alone."""
+  seed = np.frombuffer(np.array([weights[n] for n in NAMES]).tobytes(), np.uint32)
+  noise = 0.01 * FLOOR * np.random.default_rng(seed).standard_normal(2)
+  values = dict(zip(('reading', 'writing'), surface(weights) + noise + [-0.3, 0.3], strict=True))
+  scores = {
+    task: {'value': value, 'stderr': 0.02, 'count': 32, 'unit': 'bits/byte'}
+    for task, value in values.items()
+  }
+  return {'scores': scores, 'seconds': 0.5, 'flops': 1e9}
+
+
+def run(directory, evaluate=evaluate, pool='pool-a', tasks=('reading', 'writing'), **config):
+  config = study.StudyConfig(**{'trials': 12, **config})
+  return study.run_study(directory, NAMES, evaluate, config, pool, list(tasks))
+
+
+def refuse(weights):
+  raise AssertionError(f'evaluated again: {weights}')
+
+
+def ledger(directory):
+  """The ledger without its clock."""
+  rows = [json.loads(line) for line in (directory / 'trials.jsonl').read_text().splitlines()]
+  return [{key: value for key, value in row.items() if key != 'time'} for row in rows]
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory):
+  """An unbroken study, and what was asked of it on the way."""
+  directory = tmp_path_factory.mktemp('unbroken')
+  asked = []
+  best = run(directory, lambda weights: asked.append(weights) or evaluate(weights))
+  return directory, best, asked
+
+
+def test_finds_the_optimum_of_a_noisy_surface(unbroken):
+  directory, best, asked = unbroken
+  rows = ledger(directory)
+  assert [row['trial'] for row in rows] == list(range(1, 13))
+  assert [row['sampler'] for row in rows] == ['seed'] * 2 + ['vizier'] * 9 + ['surrogate']
+  assert [row['weights'] for row in rows] == asked
+  assert set(asked[0].values()) == {0.25} and set(asked[1].values()) == {0.0}
+  regret, uniform = surface(best['weights']) - FLOOR, surface(asked[0]) - FLOOR
+  assert regret < uniform / 3
+  # The surrogate knows its optimum to within the noise of an evaluation.
+  assert abs(best['surrogate_optimum']['predicted'] - FLOOR) < 0.04
+  assert math.isclose(sum(best['ratios'].values()), 1.0)
+  assert best['evaluations'] == 12 and json.loads((directory / 'best.json').read_text()) == best
+  assert best['best_observed']['objective'] == min(row['objective'] for row in rows[:-1])
+
+
+def test_a_finished_study_answers_at_once_and_can_be_given_more_trials(unbroken, tmp_path):
+  directory, best, _ = unbroken
+  (directory / 'best.json').unlink()
+  assert run(directory, refuse) == best
+  copy(directory, tmp_path, 12)
+  more = run(tmp_path, trials=13)
+  assert ledger(tmp_path)[:12] == ledger(directory) and more['evaluations'] == 13
+
+
+def copy(directory, to, rows, database=False):
+  """The first rows of a ledger, as a study killed there would have left them."""
+  to.mkdir(exist_ok=True)
+  lines = (directory / 'trials.jsonl').read_text().splitlines(keepends=True)
+  (to / 'trials.jsonl').write_text(''.join(lines[:rows]))
+  if database:
+    (to / 'study.db').write_bytes((directory / 'study.db').read_bytes())
+
+
+@pytest.mark.parametrize('damage', ['missing', 'garbage', 'ahead', 'torn line'])
+def test_the_ledger_is_the_truth(unbroken, tmp_path, damage):
+  directory, _, _ = unbroken
+  copy(directory, tmp_path, 10, database=damage == 'ahead')
+  if damage == 'garbage':
+    (tmp_path / 'study.db').write_bytes(b'SQLite format 3\0' + b'\xff' * 5000)
+  if damage == 'torn line':
+    with open(tmp_path / 'trials.jsonl', 'a') as file:
+      file.write('{"trial": 11, "sampler": "viz')
+  asked = []
+  run(tmp_path, lambda weights: asked.append(weights) or evaluate(weights))
+  rows = ledger_without_torn(tmp_path) if damage == 'torn line' else ledger(tmp_path)
+  assert rows == ledger(directory)
+  assert len(asked) == 2
+
+
+def ledger_without_torn(directory):
+  path = directory / 'trials.jsonl'
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text(''.join(line for line in lines if line.endswith('}\n')))
+  return ledger(directory)
+
+
+CHILD = textwrap.dedent("""
+  import os, signal, sys
+  import jax
+  jax.config.update('jax_compilation_cache_dir', sys.argv[3])
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  sys.path.insert(0, sys.argv[1])
+  import test_search
+  from pathlib import Path
+  from vizier._src.algorithms.designers import gp_bandit
+  die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+  where, trial, directory = sys.argv[4], int(sys.argv[5]), Path(sys.argv[2])
+  seen = len(test_search.ledger(directory)) if directory.exists() else 0
+  def evaluate(weights):
+    global seen
+    seen += 1
+    if where == 'evaluate' and seen == trial:
+      die()
+    return test_search.evaluate(weights)
+  suggest = gp_bandit.VizierGPBandit.suggest
+  def suggest_or_die(self, count=1):
+    found = suggest(self, count)
+    if where == 'suggest' and seen + 1 == trial:
+      die()
+    return found
+  gp_bandit.VizierGPBandit.suggest = suggest_or_die
+  observe = test_search.VizierSampler.observe
+  def observe_or_die(self, weights, objective):
+    if where == 'observe' and seen == trial:
+      die()
+    observe(self, weights, objective)
+  test_search.VizierSampler.observe = observe_or_die
+  test_search.run(directory, evaluate)
+""")
+
+
+def test_killed_anywhere_it_ends_as_if_it_had_not_been(unbroken, tmp_path):
+  """SIGKILL inside an evaluation, inside a suggestion, and between the ledger and the database."""
+  directory, best, _ = unbroken
+  here, cache = os.path.dirname(__file__), str(tmp_path / 'cache')
+  study_directory = tmp_path / 'study'
+  for where, trial in [('evaluate', 4), ('suggest', 5), ('observe', 6)]:
+    child = subprocess.run(
+      [sys.executable, '-c', CHILD, here, str(study_directory), cache, where, str(trial)],
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    done = trial if where == 'observe' else trial - 1
+    assert ledger(study_directory) == ledger(directory)[:done]
+  asked = []
+  resumed = run(study_directory, lambda weights: asked.append(weights) or evaluate(weights))
+  assert ledger(study_directory) == ledger(directory)
+  assert len(asked) == 12 - 6
+  without_time = lambda best: json.dumps(best, sort_keys=True).split('"time"')[0]
+  assert without_time(resumed) == without_time(best)
+
+
+@pytest.mark.parametrize(
+  'change, words',
+  [
+    ({'pool': 'pool-b'}, ['pool-a', 'pool-b']),
+    ({'tasks': ['reading', 'sums']}, ['reading, writing', 'reading, sums']),
+    ({'objective': 'worst'}, ['objective', 'mean', 'worst']),
+    ({'upper': 0.5}, ['upper', '1.0', '0.5']),
+    ({'seed': 1}, ['seed', '0', '1']),
+  ],
+)
+def test_a_study_of_something_else_is_refused(unbroken, change, words):
+  directory, _, _ = unbroken
+  with pytest.raises(UserError) as error:
+    run(directory, refuse, **change)
+  assert all(word in str(error.value) for word in words)
+
+
+def test_a_lost_line_is_named(unbroken, tmp_path):
+  directory, _, _ = unbroken
+  copy(directory, tmp_path, 6)
+  lines = (tmp_path / 'trials.jsonl').read_text().splitlines()
+  lines[3] = lines[3][:50]
+  (tmp_path / 'trials.jsonl').write_text('\n'.join(lines) + '\n')
+  with pytest.raises(UserError, match='lost trial 4'):
+    run(tmp_path, refuse)
+
+
+def test_one_process_a_study(tmp_path):
+  def search_in_between(weights):
+    with pytest.raises(UserError, match='another process'):
+      run(tmp_path, refuse)
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, search_in_between)
+
+
+@pytest.mark.parametrize(
+  'config', [{'trials': 2}, {'upper': 0.2}, {'lower': 0.1}, {'objective': 'meen'}]
+)
+def test_a_config_without_sense_is_a_usage_error(tmp_path, config):
+  with pytest.raises(UsageError):
+    run(tmp_path, refuse, **config)
+
+
+def test_objectives():
+  scores = {'a': {'value': 1.0, 'stderr': 0.3}, 'b': {'value': 2.0, 'stderr': 0.4}}
+  assert objectives.mean(scores) == 1.5 and objectives.worst(scores) == 2.0
+  assert math.isclose(objectives.standard_error(objectives.mean, scores), 0.25)
+  assert math.isclose(objectives.standard_error(objectives.worst, scores), 0.4)
+  for value in (None, math.nan, math.inf):
+    broken = {**scores, 'a': {'value': value}}
+    assert math.isnan(objectives.mean(broken)) and math.isnan(objectives.worst(broken))
+  with pytest.raises(UsageError, match="did you mean 'worst'"):
+    objectives.objective_named('worse')
+
+
+def test_a_candidate_that_is_not_a_number_is_infeasible(tmp_path):
+  calls = []
+
+  def sometimes_nan(weights):
+    calls.append(weights)
+    result = evaluate(weights)
+    if len(calls) in (2, 3):
+      result['scores']['writing']['value'] = (math.nan, math.inf)[len(calls) - 2]
+    return result
+
+  best = run(tmp_path, sometimes_nan, trials=5)
+  rows = ledger(tmp_path)
+  assert [row['objective'] is None for row in rows] == [False, True, True, False, False]
+  assert rows[1]['scores']['writing']['value'] is None
+  assert len({json.dumps(row['weights']) for row in rows}) == 5
+  assert 'NaN' not in (tmp_path / 'trials.jsonl').read_text()
+  assert best['weights'] in (rows[0]['weights'], rows[3]['weights'], rows[4]['weights'])
+  observed = [(row['weights'], row['objective']) for row in rows]
+  sampler = VizierSampler(tmp_path / 'study.db', NAMES, 0.0, 1.0, 0, observed)
+  assert [trial.infeasible for trial in sampler._trials()] == [False, True, True, False, False]
+
+
+def test_a_pool_that_scores_nothing_finite_stops_at_once(tmp_path):
+  def nan(weights):
+    result = evaluate(weights)
+    result['scores']['reading']['value'] = math.nan
+    return result
+
+  for attempt in (nan, refuse):
+    with pytest.raises(UserError, match='reading'):
+      run(tmp_path, attempt)
+  assert len(ledger(tmp_path)) == 2
+
+
+def test_the_surrogate_of_one_finite_score_is_that_score():
+  observed = [(dict.fromkeys(NAMES, 0.25), 1.7), (dict.fromkeys(NAMES, 0.0), None)]
+  weights, predicted = surrogate_optimum(NAMES, 0.0, 1.0, 0, observed)
+  assert (weights, predicted) == (dict.fromkeys(NAMES, 0.25), 1.7)
+
+
+def test_suggestions_neither_touch_nor_recompile_the_model(tmp_path):
+  traces = []
+
+  @jax.jit
+  def model(x):
+    traces.append(x.dtype)
+    return jnp.sin(x) @ jnp.ones((3, 3))
+
+  x = jnp.arange(6.0).reshape(2, 3)
+  expected = np.asarray(model(x))
+  observed = [(dict.fromkeys(NAMES, v), surface(dict.fromkeys(NAMES, v))) for v in (0.25, 0.0)]
+  sampler = VizierSampler(tmp_path / 'study.db', NAMES, 0.0, 1.0, 3, observed)
+  compiled = []
+  listen = lambda event, seconds, **_: 'backend_compile' in event and compiled.append(seconds)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  for _ in range(3):
+    compiled.clear()
+    (weights,) = sampler.suggest(1)
+    suggestion_compiles = list(compiled)
+    assert sampler.suggest(1) == [weights]  # Not yet observed.
+    sampler.observe(weights, surface(weights))
+    assert not jax.config.jax_enable_x64 and jnp.ones(3).dtype == jnp.float32
+    compiled.clear()
+    out = model(x)
+    assert out.dtype == jnp.float32 and np.array_equal(out, expected)
+    assert not compiled and traces == [jnp.float32]
+  # What is left to compile for a new number of trials are single operations.
+  assert len(suggestion_compiles) <= 8
