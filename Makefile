@@ -21,8 +21,9 @@ help:
 
 venv: .venv/.test
 
+# Huge pages: taking fresh memory page by page costs a fifth of a training step on CPU.
 quickstart: known-model .venv/.run
-	$(BIN)/optimer pipeline --gin_file=$(quickstart_$(MODEL))
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/optimer pipeline --gin_file=$(quickstart_$(MODEL))
 
 known-model:
 	@$(if $(quickstart_$(MODEL)),:,$(error MODEL is 270m or tiny, not '$(MODEL)'))

@@ -20,14 +20,15 @@ in memory and on disk.""",
   'train': """Continual pre-training of the base on each data set (or --dataset NAME), alone.
 
 Reads RUN/base and the training text. Writes RUN/cpt/NAME, and metrics and states to
-RUN/training/NAME while it runs. This is where the time goes: steps x batch x length tokens for each
-data set; saves its state on the way and resumes from it.""",
+RUN/training/NAME while it runs. Costs steps x batch x length tokens for each data set, which is
+where the time goes; it saves its state on the way and resumes from it.""",
   'extract': """Takes each CPT model's distribution vector: trained minus base.
 
 Reads RUN/base and RUN/cpt. Writes RUN/vectors/NAME and the pool's geometry. Costs seconds.""",
   'inspect': """Norms of the vectors by layer and module, and the cosines between them.
 
-Reads RUN/base and RUN/vectors. Writes RUN/vectors/geometry.json and prints it as a table.""",
+Reads RUN/base and RUN/vectors. Writes RUN/vectors/geometry.json and prints it as a table.
+Costs seconds.""",
   'search': """Searches the merge weights with Vizier's GP bandit.
 
 Reads RUN/base, RUN/vectors and the development text. Writes RUN/studies/NAME: every trial in

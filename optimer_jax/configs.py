@@ -5,7 +5,6 @@ Library code knows nothing of gin; what can be configured is listed here.
 
 import dataclasses
 import difflib
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ CONFIGURABLE = {
   'optimer_jax.pipeline': (pipeline.Run, pipeline.EvalConfig),
   'optimer_jax.data.datasets': (
     datasets.Dataset,
+    datasets.from_folder,
     datasets.from_jsonl,
     datasets.from_recipe,
     datasets.synthetic,
@@ -55,26 +55,25 @@ def read_run(files: Sequence[str], bindings: Sequence[str]) -> pipeline.Run:
     for member in members:
       # Known by these names in bindings, whether or not a file has mentioned them.
       gin.external_configurable(member, module=module)
-  gin.config.register_file_reader(_open, lambda file: _find(file) is not None)
+  # gin's own readers take data/x.gin for a file of a Python package `data`, where there is one.
+  gin.config._FILE_READERS[:] = [(_open, lambda file: _find(file) is not None)]
   for file in files:
     _check_file(file)
     _parse(lambda file=file: gin.parse_config_file(file), f'in {file}')
   for binding in bindings:
     _check_macro(binding)
     _parse(lambda binding=binding: gin.parse_config(binding), f'in the binding {binding!r}')
-  gin.finalize()
+  _parse(gin.finalize, 'in the gin configuration')
   run = _parse(gin.get_configurable(pipeline.Run), 'in the gin configuration')
+  _check_types(run)
   return dataclasses.replace(run, gin=gin.operative_config_str())
 
 
 def _parse(action, where: str):
-  logging.disable(logging.ERROR)  # gin logs an error for each reader that does not have a file
   try:
     return action()
   except Exception as error:  # gin raises every kind there is, and wraps those of constructors
     raise UsageError(_explain(str(error), where)) from error
-  finally:
-    logging.disable(logging.NOTSET)
 
 
 def _explain(message: str, where: str) -> str:
@@ -87,7 +86,7 @@ def _explain(message: str, where: str) -> str:
   if found:
     name, parameter = found[1].split('.')[-1], found[2]
     return f'{name} has no parameter {parameter!r} {where}{_nearest(parameter, _fields(name))}'
-  found = re.search(r"In call to configurable 'macro' .* in scope '([^']+)'", message)
+  found = re.search(r"No bindings specified for '([^']+)/gin.macro'", message)
   if found:
     return f'the macro {found[1]} has no value {where}: bind it, as in {found[1]} = …'
   found = re.search(r'No values supplied by Gin or caller for arguments: \[(.*?)\]', message)
@@ -96,8 +95,28 @@ def _explain(message: str, where: str) -> str:
   found = re.search(r'missing \d+ required positional arguments?: (.*)', message)
   if found:
     return f'{found[1].splitlines()[0]} must be bound {where}: give it a value'
-  line = next((line for line in message.splitlines() if line.strip()), 'it cannot be read')
+  if 'malformed node' in message or 'Unable to parse' in message:
+    return f'a value cannot be read {where}: write it as in Python, strings in quotes'
+  line = next((line for line in message.splitlines() if line.strip()), 'something cannot be read')
   return f'{line.strip()} {where}'
+
+
+def _check_types(config) -> None:
+  """Holds every field of a dataclass, and of those in it, to its annotation."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      _check_types(value)
+    elif isinstance(value, tuple):
+      for item in filter(dataclasses.is_dataclass, value):
+        _check_types(item)
+    elif field.type in (int, float, str, bool):
+      # Where a float is wanted an int will do, but True is no number.
+      fits = (int, float) if field.type is float else field.type
+      if not isinstance(value, fits) or (isinstance(value, bool) and field.type is not bool):
+        raise UsageError(
+          f'{type(config).__name__}.{field.name} is {value!r}, but must be {field.type.__name__}'
+        )
 
 
 def _names() -> list[str]:
@@ -140,6 +159,6 @@ def _check_macro(binding: str) -> None:
   found = re.match(r'\s*([A-Za-z_]\w*)\s*=(?!=)', binding)
   if not found:
     return
-  known = [m for m in re.findall(r'^([A-Z_a-z]\w*) = ', gin.config_str(), re.MULTILINE)]
+  known = re.findall(r'(?:^|%)([A-Za-z_]\w*)(?= = |$)', gin.config_str(), re.MULTILINE)
   if found[1] not in known:
     raise UsageError(f'no macro is called {found[1]!r}{_nearest(found[1], known)}')

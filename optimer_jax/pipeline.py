@@ -59,6 +59,7 @@ class Run:
   trim_vocabulary: int = 0  # keep tokens seen this often in the training text; 0 keeps them all
   dtype: str = 'float32'  # of activations and matrix products; bfloat16 on accelerators
   scan: bool | None = None  # scan over layers; default: everywhere but on CPU
+  remat: bool = True  # compute a layer again for its gradient, to save memory
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -139,6 +140,7 @@ def import_base(run: Run) -> store.Manifest:
 
 def train_one(run: Run, name: str) -> store.Manifest:
   """Trains the base on one data set into RUN/cpt/NAME."""
+  dataset = run.dataset(name)
   path, work = run.path / 'cpt' / name, run.path / 'training' / name
   base_manifest = import_base(run)
   identity = {'base': base_manifest.fingerprint, 'dataset': name, 'length': run.length}
@@ -148,10 +150,9 @@ def train_one(run: Run, name: str) -> store.Manifest:
     _same_settings(path, manifest.facts['settings'], settings)
     return manifest
   with account(run.path, f'train/{name}') as cost:
-    dataset, model = run.dataset(name), _model(run)
+    model = _model(run)
     rows = packed_rows(dataset.train, _tokenizer(run), run.length, _rows_cache(run))
     dev = _held_out(run, dataset, 'dev')
-    _, leaves = store.load(run.path / 'base', 'base')
 
     def held_out(params: dict) -> dict[str, float]:
       found = bits_per_byte.score(model, params, dev, run.evaluation.batch)
@@ -160,7 +161,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
     leaves, spent = train(
       run.training,
       model,
-      leaves,
+      lambda: store.load(run.path / 'base', 'base')[1],
       mixture({name: rows}, {name: 1.0}, run.training.seed),
       work,
       name=name,
@@ -331,7 +332,8 @@ def evaluate(run: Run) -> dict[str, dict]:
 
 def report(run: Run) -> Path:
   """Writes RUN/report/index.html from what the run directory holds."""
-  _keep_gin(run)
+  if (run.path / 'base').exists():
+    _keep_gin(run)
   page = write_report(run.path)
   say(f'report: {page}')
   return page
@@ -383,7 +385,7 @@ def _exported(run: Run) -> dict:
 def _model(run: Run) -> Model:
   config = store.read_manifest(run.path / 'base', 'base').model
   scan = jax.default_backend() != 'cpu' if run.scan is None else run.scan
-  return Model(config, dtype=run.dtype, scan=scan)
+  return Model(config, dtype=run.dtype, scan=scan, remat=run.remat)
 
 
 def _tokenizer(run: Run) -> Tokenizer:

@@ -63,7 +63,7 @@ def run(model, directory, config=CONFIG, evaluate=None, identity=None, leaves=No
   return train(
     config,
     model,
-    leaves or init_leaves(model.config, 0),
+    lambda: leaves or init_leaves(model.config, 0),
     dataset(model.config.vocab_size),
     directory,
     name='random',

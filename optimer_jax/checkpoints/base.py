@@ -66,9 +66,11 @@ def open_source(name: str, cache: Path) -> Source:
   if name.endswith('.gguf'):
     return open_gguf(Path(name), name)
   path = Path(name)
-  if not path.exists():
-    path = download(name)
-  return open_huggingface(path, name)
+  if path.exists():
+    return open_huggingface(path, name)
+  if name.startswith(('.', '/', '~')) or name.count('/') > 1:  # no hub id looks so
+    raise UserError(f'{name} is missing: give a directory, a .gguf file or the id of a hub model')
+  return open_huggingface(download(name), name)
 
 
 def read_leaves(source: Source, kept: np.ndarray | None) -> tuple[Gemma3Config, dict, np.ndarray]:

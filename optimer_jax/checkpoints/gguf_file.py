@@ -47,6 +47,8 @@ def open_gguf(path: Path, name: str | None = None) -> Source:
   tensors = {t.name: t for t in reader.tensors}
   heads, head_dim = get('attention.head_count'), get('attention.key_length')
   layers, width = get('block_count'), get('embedding_length')
+  if 'tokenizer.ggml.tokens' not in reader.fields:
+    raise UserError(f'{path}: the field tokenizer.ggml.tokens is missing')
   config = Gemma3Config(
     num_layers=layers,
     embed_dim=width,
@@ -79,13 +81,12 @@ def open_gguf(path: Path, name: str | None = None) -> Source:
     key = external_name(leaf, 1)
     tensor = tensors.pop(key, None)
     leaves[leaf] = checked(tensor and lazy(tensor), leaf, shape, key, name)
-  tensors.pop('rope_freqs.weight', None)
   if tensors:
     raise UserError(f'{path} has tensors that Gemma 3 lacks: {", ".join(sorted(tensors)[:3])}')
   return Source(
     name,
     config,
-    to_hf(config, 'bfloat16'),
+    to_hf(config, 'float32'),
     leaves,
     'model.',
     None,

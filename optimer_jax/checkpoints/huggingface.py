@@ -80,7 +80,10 @@ def open_huggingface(path: Path, name: str | None = None) -> Source:
 def _shards(path: Path) -> list[Path]:
   index = path / 'model.safetensors.index.json'
   if index.exists():
-    files = sorted({path / file for file in read_json(index)['weight_map'].values()})
+    try:
+      files = sorted({path / file for file in read_json(index)['weight_map'].values()})
+    except (TypeError, KeyError):
+      raise UserError(f'{index} has no weight_map: copy it again') from None
   else:
     files = sorted(path.glob('*.safetensors'))
   if not files:
@@ -121,13 +124,13 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def download(name: str) -> Path:
   """Fetches a model of the hub, or finds it in the hub's own cache."""
-  from huggingface_hub import snapshotdownload
+  from huggingface_hub import snapshot_download
 
   try:
     patterns = ['*.safetensors', '*.safetensors.index.json', 'config.json', *TOKENIZER_FILES]
-    return Path(snapshotdownload(name, allow_patterns=patterns))
+    return Path(snapshot_download(name, allow_patterns=patterns))
   except Exception as error:  # the hub's client has many errors: offline, gated, unknown …
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split('. ')[0]
     raise UserError(
       f'{name} is neither a directory nor a model that the hub gave ({reason}): check the name, '
       "accept Gemma's terms there and log in with `hf auth login`"

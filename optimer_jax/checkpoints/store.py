@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,6 +55,11 @@ def fingerprint(leaves: Mapping[str, dict]) -> str:
   """A digest of the parameters themselves: names, shapes, dtypes and values."""
   lines = sorted(f'{name} {a["shape"]} {a["dtype"]} {a["digest"]}' for name, a in leaves.items())
   return hashlib.blake2b('\n'.join(lines).encode(), digest_size=16).hexdigest()
+
+
+def seal(raw: Mapping) -> str:
+  """A digest of a manifest's whole content, which notices a changed window or parent."""
+  return hashlib.blake2b(json.dumps(raw, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -116,7 +122,8 @@ def save(
       ocp.save((new / 'leaves').absolute(), leaves)
     if add_files:
       add_files(new)
-    write_json(new / 'manifest.json', dataclasses.asdict(manifest))
+    raw = dataclasses.asdict(manifest)
+    write_json(new / 'manifest.json', {**raw, 'seal': seal(raw)})
   return manifest
 
 
@@ -131,18 +138,21 @@ def read_manifest(path: Path | str, kind: str | tuple[str, ...] | None = None) -
   """Reads ARTIFACT/manifest.json.
 
   Raises:
-    UserError: it is missing, damaged, of a newer format, or of another kind than asked for.
+    UserError: it is missing, damaged, of another format, or of another kind than asked for.
   """
   path = Path(path)
   raw = read_json(path / 'manifest.json')
   try:
-    manifest = Manifest(**{**raw, 'model': Gemma3Config(**raw['model'])})
-    if fingerprint(manifest.leaves) != manifest.fingerprint:
+    if raw['format'] != FORMAT:
       raise UserError(
-        f'{path}/manifest.json is damaged: its fingerprint does not match its digests; '
+        f'{path}/manifest.json has format {raw["format"]}, but this version reads {FORMAT}: '
         'write the artifact again'
       )
-  except (TypeError, KeyError) as error:
+    given = raw.pop('seal', None)
+    manifest = Manifest(**{**raw, 'model': Gemma3Config(**raw['model'])})
+    if given not in (None, seal(raw)) or fingerprint(manifest.leaves) != manifest.fingerprint:
+      raise UserError(f'{path}/manifest.json is damaged: write the artifact again')
+  except (AttributeError, TypeError, KeyError) as error:
     raise UserError(
       f'{path}/manifest.json cannot be read ({error}): it was written by another version'
     ) from None
@@ -191,9 +201,8 @@ def load(
     with orbax_context():
       leaves = ocp.load((path / 'leaves').absolute(), abstract)
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-    raise UserError(
-      f'{path}/leaves cannot be read: {str(error).splitlines()[0]}; write the artifact again'
-    ) from error
+    reason = (str(error) or type(error).__name__).splitlines()[0].split('. ')[0]
+    raise UserError(f'{path}/leaves cannot be read ({reason}): write the artifact again') from error
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     found = pool.map(lambda name: digest(np.asarray(leaves[name])), expected)
     for name, value in zip(expected, found, strict=True):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optimer_jax.gemma3.config import Gemma3Config
+from optimer_jax.parallel.sharding import constrain
 
 
 def param(stack: tuple[int, ...], axes: tuple[str, ...], *shape: int) -> nnx.Param:
@@ -157,5 +158,6 @@ class Embedder(nnx.Module):
 
   def encode(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Tokens [B, T] to [B, T, D], times sqrt(D) rounded to `dtype`."""
-    table = self.embedding[...]
+    # Rows split over fsdp, as they are stored, could only be looked up for the whole batch at once.
+    table = constrain(self.embedding[...], ('vocab', None))
     return table[tokens].astype(dtype) * jnp.asarray(table.shape[-1] ** 0.5, dtype)

@@ -31,6 +31,7 @@ class Model:
   config: Gemma3Config
   dtype: str = 'float32'  # of activations and matrix products
   scan: bool = False
+  remat: bool = True  # keep a layer's input only, and compute the rest again for the gradient
   loss_chunks: int = 4  # pieces of the row whose logits are held at once
 
 
@@ -63,27 +64,29 @@ class Transformer(nnx.Module):
       self.embedder.encode(tokens, jnp.dtype(model.dtype)), ('batch', 'length', 'embed')
     )
     walk = self._scan if model.scan else self._unroll
-    x, cache = walk(x, ropes, masks, cache, slots)
+    x, cache = walk(model, x, ropes, masks, cache, slots)
     return self.final_norm(x), cache
 
-  def _unroll(self, x, ropes, masks, cache, slots):
+  def _unroll(self, model, x, ropes, masks, cache, slots):
     new = []
     for i, block in enumerate(self.layers):
       kind = 'global' if self.config.is_global(i) else 'local'
       graph, state = nnx.split(block)
-      step = jax.checkpoint(functools.partial(_block, graph))
+      step = functools.partial(_block, graph)
+      step = jax.checkpoint(step) if model.remat else step
       layer_cache = jax.tree.map(lambda a, i=i: a[i], cache)
       with jax.named_scope(f'layer_{i}'):
         x, layer_cache = step(state, x, ropes[kind], masks[kind], layer_cache, slots)
       new.append(layer_cache)
     return x, jax.tree.map(lambda *a: jnp.stack(a), *new)
 
-  def _scan(self, x, ropes, masks, cache, slots):
+  def _scan(self, model, x, ropes, masks, cache, slots):
     c = self.config
 
     def step(graph, kind, x, state, cache):
       # Inside a scan nothing can be shared with the forward pass, so no barrier is needed.
-      block = jax.checkpoint(functools.partial(_block, graph), prevent_cse=False)
+      block = functools.partial(_block, graph)
+      block = jax.checkpoint(block, prevent_cse=False) if model.remat else block
       return block(state, x, ropes[kind], masks[kind], cache, slots)
 
     def local_layers(block, x, caches):

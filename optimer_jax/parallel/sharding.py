@@ -57,15 +57,15 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
   return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
-def spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  """The partition of an array with these logical axes.
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """The partition of an array with these logical axes; None is an axis to keep whole.
 
   An axis that its mesh axes do not divide stays whole (one key-value head cannot be split), and a
   mesh axis is used once, by the first logical axis that asks for it.
   """
   used, out = set(), []
   for axis, size in zip(axes, shape, strict=True):
-    wanted = RULES[axis] or ()
+    wanted = (RULES[axis] if axis else None) or ()
     wanted = (wanted,) if isinstance(wanted, str) else wanted
     ways = math.prod(mesh.shape[a] for a in wanted)
     if used.isdisjoint(wanted) and size % ways == 0 and ways > 1:
@@ -88,7 +88,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))
 
 
-def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """Holds an intermediate to its logical axes on the mesh that `jax.set_mesh` named, if any."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

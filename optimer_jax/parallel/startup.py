@@ -1,6 +1,7 @@
 """What a process sets before its first computation."""
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,3 +14,11 @@ def start(cache: Path) -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
   logging.getLogger('absl').setLevel(logging.ERROR)
   warnings.filterwarnings('ignore', category=DeprecationWarning)
+  # When one read fails, Orbax drops its others, which then complain one by one.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  sys.unraisablehook = _unraisable
+
+
+def _unraisable(found) -> None:
+  if str(found.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(found)

@@ -125,7 +125,7 @@ def train_step(
 def train(
   config: TrainConfig,
   model: Model,
-  leaves: Mapping[str, np.ndarray],
+  read_base: Callable[[], Mapping[str, np.ndarray]],
   dataset: grain.MapDataset,
   directory: Path,
   *,
@@ -139,7 +139,8 @@ def train(
   Args:
     config: the run.
     model: what to compute.
-    leaves: the base's leaves; trained as float32 masters.
+    read_base: gives the base's leaves, trained as float32 masters; called only where no state is
+      saved yet, and what it gives is not kept.
     dataset: rows, as `data.mixtures.mixture` gives them.
     directory: holds state/, metrics.jsonl and event files; its state is deleted by `finish`.
     name: the data set's name, for people.
@@ -152,9 +153,11 @@ def train(
     The trained leaves, and what was spent in this call: steps, tokens, seconds.
 
   Raises:
-    UserError: another run's directory, a batch that the mesh or A does not divide, a loss that is
+    UserError: another run's directory, a warmup longer than the run, a batch that the mesh or A does not divide, a loss that is
       not finite (the step and the batch are named), a damaged state.
   """
+  if not 0 <= config.warmup < config.steps:
+    raise UserError(f'{config.warmup} warmup steps do not fit into {config.steps} steps')
   if config.batch % config.accumulate:
     raise UserError(f'batch {config.batch} does not divide into {config.accumulate} pieces')
   _check_identity(directory, {**dataclasses.asdict(config), **identity})
@@ -173,7 +176,7 @@ def train(
     )
     # Closing waits for a save that is under way, also when the run stops by an error.
     with contextlib.closing(saves):
-      state, start = _restore_or_start(config, model, leaves, saves, devices, directory)
+      state, start = _restore_or_start(config, model, read_base, saves, devices, directory)
       if start:
         say(f'{name}: resumed at step {start}')
       with contextlib.closing(MetricsWriter(directory, start)) as writer:
@@ -264,10 +267,10 @@ def _check_identity(directory: Path, identity: Mapping) -> None:
     )
 
 
-def _restore_or_start(config, model, leaves, saves, devices, directory):
+def _restore_or_start(config, model, read_base, saves, devices, directory):
   placement = shardings(logical_axes(model), abstract_params(model), devices)
   if saves.latest is None:
-    params = from_leaves(model, {k: np.asarray(v, np.float32) for k, v in leaves.items()})
+    params = from_leaves(model, {k: np.asarray(v, np.float32) for k, v in read_base().items()})
     # Donated later: the device's copy must not share the caller's memory.
     params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=placement)(params)
     opt_state = jax.jit(optimizer(config).init)(params)
@@ -310,10 +313,15 @@ def _place(abstract: dict, placement: dict, devices) -> dict:
 
 
 def _save(saves, step: int, state: dict, directory: Path) -> None:
-  """Saves in the background; the values' digests go with them."""
+  """Saves in the background, on accelerators; the values' digests go with them.
+
+  On CPU a save reads the state's own memory, which the next step could then not reuse: a second
+  state would be held for as long as the save takes.
+  """
   with no_room(directory):
-    saves.wait()
     saves.save_async(step, state, custom_metadata={'digests': _digests(state)})
+    if jax.default_backend() == 'cpu':
+      saves.wait()
 
 
 def _digests(state: dict) -> dict[str, str]:
