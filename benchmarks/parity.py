@@ -5,7 +5,7 @@ the real 270M over 1,024 tokens of held-out text of each quickstart domain, twic
 sides compute in float32, transformers with torch's plain attention. Prints a table for a person
 and, as the last line, one JSON object: the largest absolute differences of the logits, and the
 mean Kullback-Leibler divergence in nats a token of the domain where it is largest. The 270M takes
-about 3 minutes, 6 GB of memory and 2.2 GB of disk on two cores. Needs the extras test, gemma270m.
+2 to 3 minutes on two cores, 8 GB of memory and 2.2 GB of disk. Needs the extras test, gemma270m.
 """
 
 import json

@@ -43,6 +43,7 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
       yield new
       for file in new.rglob('*'):
         if file.is_file():
+          file.chmod(new.stat().st_mode & 0o666)  # some writers let only the owner read
           _sync(file)
     if path.exists():
       old = path.parent / f'.{path.name}.tmp-old-{uuid.uuid4().hex[:8]}'

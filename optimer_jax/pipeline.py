@@ -98,6 +98,10 @@ def pipeline(run: Run) -> None:
   )
   if run.expect:
     say(run.expect)
+  if there := sorted(
+    str(p.parent.relative_to(run.path)) for p in run.path.glob('*/**/manifest.json')
+  ):
+    say(f'There already, and not done again: {", ".join(there)}.')
   import_base(run)
   for name in run.names:
     train_one(run, name)
@@ -114,7 +118,7 @@ def import_base(run: Run) -> store.Manifest:
   path = run.path / 'base'
   settings = {'source': run.base, 'trim_vocabulary': run.trim_vocabulary}
   if run.trim_vocabulary:
-    settings['datasets'] = list(run.names)
+    settings['vocabulary_of'] = list(run.names)
   if (path / 'manifest.json').exists():
     manifest = store.read_manifest(path, 'base')
     _same_settings(path, manifest.facts['settings'], settings)
@@ -390,6 +394,7 @@ def _model(run: Run) -> Model:
 
 def _tokenizer(run: Run) -> Tokenizer:
   base = run.path / 'base'
+  store.sound_file(base, 'tokenizer.json')
   return Tokenizer.load(base, bases.kept_vocabulary(base))
 
 

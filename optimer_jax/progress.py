@@ -14,18 +14,27 @@ def say(text: str) -> None:
 
 
 def progress(
-  iterable: Iterable, total: int | None = None, what: str = '', unit: str = 'it'
+  iterable: Iterable, total: int | None, what: str, unit: str, initial: int = 0
 ) -> Iterator:
-  """Iterates with rate and time left: a bar on a terminal, a line every ten seconds otherwise."""
+  """Iterates with rate and time left: a bar on a terminal, a line every ten seconds otherwise.
+
+  Args:
+    iterable: what is left to do.
+    total: how many there are, with those that were done before; None if that is not known.
+    what: the work's name.
+    unit: of what is counted.
+    initial: how many were done before.
+  """
   if sys.stderr.isatty():
-    yield from tqdm(iterable, total=total, desc=what, unit=unit)
+    yield from tqdm(iterable, total=total, desc=what, unit=unit, initial=initial)
     return
-  total = len(iterable) if total is None and hasattr(iterable, '__len__') else total
   start = told = time.monotonic()
   for done, item in enumerate(iterable, 1):
     yield item
     now = time.monotonic()
-    if now - told >= 10 or done == total:
+    if now - told >= 10 or initial + done == total:
       rate, told = done / (now - start), now
-      left = f', {(total - done) / rate:.0f} s left' if total else ''
-      say(f'{what} {done}/{total or "?"} {unit}, {rate:.2f} {unit}/s{left}')
+      of, left = '', ''
+      if total is not None:
+        of, left = f'/{total}', f', {(total - initial - done) / rate:.0f} s left'
+      say(f'{what} {initial + done}{of} {unit}, {rate:.2f} {unit}/s{left}')

@@ -49,7 +49,10 @@ def params_of(model: Model) -> dict:
   return from_leaves(model, random_leaves(model.config))
 
 
-def logits(tokens: np.ndarray, model: Model = Model(CONFIG, scan=True)) -> np.ndarray:
+SCANNED = Model(CONFIG, scan=True)
+
+
+def logits(tokens: np.ndarray, model: Model = SCANNED) -> np.ndarray:
   """Of one document a row, padded on the right to the one shape that is compiled."""
   padded = np.zeros((BATCH, LENGTH), np.int32)
   padded[: tokens.shape[0], : tokens.shape[1]] = tokens
@@ -256,8 +259,7 @@ def test_loss_equals_plain_cross_entropy(chunks):
 
 def test_packed_gradients_are_the_sum_of_the_documents():
   model = Model(CONFIG, scan=True, loss_chunks=5)
-  batch = packed()
-  loss = lambda p: token_nats(model, p, **batch)[0].sum()
+  loss = lambda p: token_nats(model, p, **packed())[0].sum()
   found_loss, found = jax.jit(jax.value_and_grad(loss))(params_of(model))
 
   each = np.zeros((3, max(LENGTHS)), np.int32)
@@ -265,8 +267,9 @@ def test_packed_gradients_are_the_sum_of_the_documents():
   for i, document in enumerate(documents()):
     each[i, : len(document)] = document
     scored[i, : len(document) - 1] = True
-  own = lambda p: jnp.where(scored, plain_nats(model, p, each), 0).sum()
-  expected_loss, expected = jax.jit(jax.value_and_grad(own))(params_of(model))
+  unrolled = Model(CONFIG)
+  own = lambda p: jnp.where(scored, plain_nats(unrolled, p, each), 0).sum()
+  expected_loss, expected = jax.jit(jax.value_and_grad(own))(params_of(unrolled))
 
   assert float(found_loss) == pytest.approx(float(expected_loss), rel=1e-5)
   found, expected = (to_leaves(CONFIG, jax.tree.map(np.asarray, g)) for g in (found, expected))

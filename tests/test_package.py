@@ -84,9 +84,9 @@ def imports(file):
       names.update(alias.name.partition('.')[0] for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and not node.level:
       names.add(node.module.partition('.')[0])
-  own = {'optimer_jax', 'benchmarks', 'launch', 'tests'} | {
-    f.stem for f in file.parent.glob('*.py')
-  }
+  own = {'optimer_jax', 'benchmarks', 'launch', 'tests'}
+  if PACKAGE not in file.parents:
+    own |= {f.stem for f in file.parent.glob('*.py')}
   return at_once - own - sys.stdlib_module_names, later - own - sys.stdlib_module_names
 
 
@@ -245,3 +245,27 @@ def test_gin_files_are_found_by_name_in_an_installation(wheel, tmp_path):
 def test_a_gin_file_of_the_current_folder_goes_first(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert gin_search_paths()[0] == tmp_path
+
+
+FLOORS = [
+  {'errors', 'files', 'progress', 'parallel'},
+  {'gemma3'},
+  {'checkpoints', 'data'},
+  {'training', 'vectors', 'merging', 'evaluation'},
+  {'search', 'report'},
+  {'pipeline', 'configs', 'cli', '__main__'},
+]
+
+
+def test_a_room_imports_only_its_own_floor_and_those_below():
+  floor = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+  for file in PACKAGE.rglob('*.py'):
+    room = file.relative_to(PACKAGE).parts[0].removesuffix('.py')
+    if room == '__init__':
+      continue
+    tree = ast.parse(file.read_text(encoding='utf-8'))
+    for node in ast.walk(tree):
+      if isinstance(node, ast.ImportFrom) and node.module.startswith('optimer_jax'):
+        parts = [*node.module.split('.')[1:2], *(alias.name for alias in node.names)]
+        for part in parts:
+          assert floor.get(part, 0) <= floor[room], f'{file} imports {node.module}'

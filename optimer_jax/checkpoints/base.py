@@ -148,8 +148,8 @@ def import_base(
 
 def kept_vocabulary(base: Path | str) -> np.ndarray | None:
   """The ids whose rows the base holds, ascending int32 [V]; None if it holds them all."""
-  path = Path(base) / 'vocabulary.npy'
-  return np.load(path) if path.exists() else None
+  path = store.sound_file(base, 'vocabulary.npy')
+  return None if path is None else np.load(path)
 
 
 def export(
@@ -178,7 +178,7 @@ def export(
       f'{artifact} was made from the base {parent[:8]}, but {base} is '
       f'{base_manifest.fingerprint[:8]}: give the base that it was made from'
     )
-  config_json = read_json(base / 'config.json')
+  config_json = read_json(store.sound_file(base, 'config.json'))
   if dtype:
     config_json |= {'dtype': dtype, 'torch_dtype': dtype}
   facts, kept = base_manifest.facts, kept_vocabulary(base)
@@ -207,14 +207,14 @@ def export(
   with atomic_directory(out) as new:
     write_huggingface(new, config_json, tensors | untouched)
     for file in TOKENIZER_FILES:
-      if (base / file).exists():
-        shutil.copy(base / file, new / file)
+      if sound := store.sound_file(base, file):
+        shutil.copy(sound, new / file)
     write_text(new / 'README.md', _model_card(manifest, base_manifest))
 
 
 def _untouched(base: Path) -> dict[str, Tensor]:
-  path = base / 'untouched.safetensors'
-  return read_safetensors(path) if path.exists() else {}
+  path = store.sound_file(base, 'untouched.safetensors')
+  return {} if path is None else read_safetensors(path)
 
 
 def _model_card(manifest: store.Manifest, base: store.Manifest) -> str:

@@ -40,6 +40,7 @@ class Manifest:
   fingerprint: str
   parents: dict[str, str]  # role -> fingerprint
   facts: dict  # tokens seen, seed, norms, weights …: what the kind has to say
+  files: dict[str, str]  # the other files of the artifact -> digest
   versions: dict[str, str]
   written: str
   format: int = FORMAT
@@ -99,16 +100,6 @@ def save(
     name: {'shape': list(a.shape), 'dtype': a.dtype.name, 'digest': digests[name]}
     for name, a in leaves.items()
   }
-  manifest = Manifest(
-    kind=kind,
-    model=model,
-    leaves=entries,
-    fingerprint=fingerprint(entries),
-    parents=dict(parents or {}),
-    facts=dict(facts or {}),
-    versions=versions(),
-    written=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-  )
   size = sum(a.nbytes for a in leaves.values())
   path = Path(path)
   with atomic_directory(path) as new:
@@ -122,6 +113,17 @@ def save(
       ocp.save((new / 'leaves').absolute(), leaves)
     if add_files:
       add_files(new)
+    manifest = Manifest(
+      kind=kind,
+      model=model,
+      leaves=entries,
+      fingerprint=fingerprint(entries),
+      parents=dict(parents or {}),
+      facts=dict(facts or {}),
+      files={f.name: _file_digest(f) for f in sorted(new.iterdir()) if f.is_file()},
+      versions=versions(),
+      written=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    )
     raw = dataclasses.asdict(manifest)
     write_json(new / 'manifest.json', {**raw, 'seal': seal(raw)})
   return manifest
@@ -148,9 +150,9 @@ def read_manifest(path: Path | str, kind: str | tuple[str, ...] | None = None) -
         f'{path}/manifest.json has format {raw["format"]}, but this version reads {FORMAT}: '
         'write the artifact again'
       )
-    given = raw.pop('seal', None)
+    given = raw.pop('seal')
     manifest = Manifest(**{**raw, 'model': Gemma3Config(**raw['model'])})
-    if given not in (None, seal(raw)) or fingerprint(manifest.leaves) != manifest.fingerprint:
+    if given != seal(raw) or fingerprint(manifest.leaves) != manifest.fingerprint:
       raise UserError(f'{path}/manifest.json is damaged: write the artifact again')
   except (AttributeError, TypeError, KeyError) as error:
     raise UserError(
@@ -160,6 +162,27 @@ def read_manifest(path: Path | str, kind: str | tuple[str, ...] | None = None) -
   if kinds and manifest.kind not in kinds:
     raise UserError(f'{path} is a {manifest.kind}, but a {" or ".join(kinds)} is needed here')
   return manifest
+
+
+def sound_file(path: Path | str, name: str) -> Path | None:
+  """A file that an artifact keeps beside its leaves; None if it has no such file.
+
+  Raises:
+    UserError: the file is missing or damaged.
+  """
+  file, expected = Path(path) / name, read_manifest(path).files.get(name)
+  if expected is None:
+    return None
+  if not file.exists():
+    raise UserError(f'{file} is missing: write the artifact again')
+  if _file_digest(file) != expected:
+    raise UserError(f'{file} is damaged: write the artifact again')
+  return file
+
+
+def _file_digest(file: Path) -> str:
+  with open(file, 'rb') as opened:
+    return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def load(

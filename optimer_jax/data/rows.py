@@ -196,7 +196,7 @@ def _cached(
   rows = _read(str(source), directory)
   if rows is None:
     with atomic_directory(directory) as new:
-      _write(new, settings, tokenizer, progress(blocks, what=f'packing {source}', unit='blocks'))
+      _write(new, settings, tokenizer, progress(blocks, None, f'packing {source}', 'blocks'))
     rows = _read(str(source), directory)
   if rows is None:
     raise UserError(f'{directory} does not hold what was written to it: check the disk')

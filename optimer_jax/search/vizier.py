@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sqlalchemy
-from google.rpc import code_pb2
 from vizier import algorithms as vza
 from vizier import pythia
 from vizier._src.algorithms.designers import gp_bandit
@@ -40,6 +39,7 @@ Observation = tuple[Mapping[str, float], float | None]
 _CLIENT = 'worker-0'  # A stable id: after a kill it gets its unfinished trial back.
 _UCB = 1.8  # Vizier's own weight of the standard deviation.
 _PADDING = 20
+_ABORTED = 10  # google.rpc.Code
 
 
 class VizierSampler:
@@ -146,7 +146,7 @@ class VizierSampler:
     except custom_errors.NotFoundError:
       return
     for operation in left:
-      operation.error.code = code_pb2.Code.ABORTED
+      operation.error.code = _ABORTED
       operation.error.message = 'the process was killed'
       operation.done = True
       store.update_suggestion_operation(operation)

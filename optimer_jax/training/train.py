@@ -153,8 +153,9 @@ def train(
     The trained leaves, and what was spent in this call: steps, tokens, seconds.
 
   Raises:
-    UserError: another run's directory, a warmup longer than the run, a batch that the mesh or A does not divide, a loss that is
-      not finite (the step and the batch are named), a damaged state.
+    UserError: another run's directory, a warmup longer than the run, a batch that the mesh or A
+      does not divide, a loss that is not finite (the step and the batch are named), a damaged
+      state.
   """
   if not 0 <= config.warmup < config.steps:
     raise UserError(f'{config.warmup} warmup steps do not fit into {config.steps} steps')
@@ -223,7 +224,8 @@ def _loop(config, model, state, start, dataset, saves, writer, evaluate, devices
     )
     last, waiting = now, None
 
-  for step in progress(range(start + 1, config.steps + 1), what=f'train {name}', unit='steps'):
+  steps = range(start + 1, config.steps + 1)
+  for step in progress(steps, config.steps, f'train {name}', 'steps', initial=start):
     batch = global_batch(dataset, step - 1, config.batch, jax.process_index(), jax.process_count())
     batch = {
       key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()
@@ -285,7 +287,7 @@ def _restore_or_start(config, model, read_base, saves, devices, directory):
     expected = saves.metadata(step).custom_metadata['digests']
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
     raise UserError(
-      f'{directory}/state cannot be read at step {step}: {str(error).splitlines()[0]}; '
+      f'{directory}/state cannot be read at step {step} ({type(error).__name__}): '
       f'delete {directory} to train again'
     ) from error
   if _digests(state) != expected:
