@@ -4,11 +4,12 @@ Each verb is a function of a `Run`. A stage whose result stands in the run direc
 the same settings, is not done again; one that was interrupted goes on where it was.
 """
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -28,8 +29,9 @@ from optimer_jax.files import read_json, write_json, write_text
 from optimer_jax.gemma3 import Model, from_leaves, to_leaves
 from optimer_jax.merging.weighted_sum import weighted_sum
 from optimer_jax.parallel.sharding import MeshConfig
+from optimer_jax.parallel.startup import release_memory
 from optimer_jax.progress import say
-from optimer_jax.report.costs import account
+from optimer_jax.report import costs
 from optimer_jax.report.page import write_report
 from optimer_jax.search.study import StudyConfig, run_study
 from optimer_jax.training.train import TrainConfig, finish, train
@@ -123,7 +125,7 @@ def import_base(run: Run) -> store.Manifest:
     manifest = store.read_manifest(path, 'base')
     _same_settings(path, manifest.facts['settings'], settings)
     return manifest
-  with account(run.path, 'import'), tempfile.TemporaryDirectory() as tokenizer_path:
+  with _stage(run, 'import'), tempfile.TemporaryDirectory() as tokenizer_path:
     source = bases.open_source(run.base, run.cache_path)
     tokenizer_path = Path(tokenizer_path)
     texts = [dataset.train for dataset in run.datasets]
@@ -153,7 +155,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
     manifest = store.read_manifest(path, 'cpt')
     _same_settings(path, manifest.facts['settings'], settings)
     return manifest
-  with account(run.path, f'train/{name}') as cost:
+  with _stage(run, f'train/{name}') as cost:
     model = _model(run)
     rows = packed_rows(dataset.train, _tokenizer(run), run.length, _rows_cache(run))
     dev = _held_out(run, dataset, 'dev')
@@ -206,7 +208,7 @@ def extract_all(run: Run) -> None:
       dtypes = {leaf['dtype'] for leaf in old.leaves.values()}
       if old.parents['model'] == model.fingerprint and dtypes == {run.vector_dtype}:
         continue
-    with account(run.path, f'extract/{name}'):
+    with _stage(run, f'extract/{name}'):
       extract(base, run.path / 'cpt' / name, path, name, run.vector_dtype)
       (vectors / 'geometry.json').unlink(missing_ok=True)
   if not (vectors / 'geometry.json').exists():
@@ -215,7 +217,7 @@ def extract_all(run: Run) -> None:
 
 def inspect(run: Run) -> dict:
   """Norms and cosines of the vectors, into RUN/vectors/geometry.json."""
-  with account(run.path, 'inspect'):
+  with _stage(run, 'inspect'):
     _, base = store.load(run.path / 'base', 'base')
     pool = {name: store.load(run.path / 'vectors' / name, 'vector')[1] for name in run.names}
     found = geometry(base, pool)
@@ -226,7 +228,7 @@ def inspect(run: Run) -> dict:
 def search(run: Run) -> dict:
   """Searches the merge weights on the dev rows; RUN/studies/NAME keeps every trial."""
   directory = run.path / 'studies' / run.study.name
-  with account(run.path, f'search/{run.study.name}') as cost:
+  with _stage(run, f'search/{run.study.name}') as cost:
     pool = _pool(run)
     rows = {d.name: _held_out(run, d, 'dev') for d in run.datasets}
     candidate, spent = _candidates(pool), {'flops': 0.0, 'tokens': 0}
@@ -261,7 +263,7 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
     parents = {n: m.fingerprint for n, m in made.items()}
     if old.facts['weights'] == dict(weights) and old.facts['vectors'] == parents:
       return path
-  with account(run.path, f'merge/{name}'):
+  with _stage(run, f'merge/{name}'):
     pool = _pool(run)
     params = _candidates(pool)(weights)
     store.save(
@@ -285,7 +287,7 @@ def export(run: Run, name: str = 'optimer') -> Path:
   manifest = store.read_manifest(run.path / 'merged' / name, 'merged')
   if (out / 'README.md').exists() and manifest.fingerprint in (out / 'README.md').read_text():
     return out
-  with account(run.path, f'export/{name}'):
+  with _stage(run, f'export/{name}'):
     bases.export(run.path / 'merged' / name, run.path / 'base', out, run.export_dtype)
   return out
 
@@ -306,17 +308,15 @@ def evaluate(run: Run) -> dict[str, dict]:
     'average': dict.fromkeys(run.names, 1 / k),
     'optimer': best['weights'],
   }
-  pool = functools.cache(lambda: _pool(run))
-  candidate = functools.cache(lambda: _candidates(pool()))
   identity = {
     'vectors': {n: store.read_manifest(run.path / 'vectors' / n).fingerprint for n in run.names},
     'rows': {n: store.digest(r.tokens) for n, r in rows.items()},
   }
-  for name, weights in candidates.items():
-    _evaluate_once(run, rows, directory, name, weights, identity, lambda w=weights: candidate()(w))
-  _evaluate_once(
-    run, rows, directory, 'exported', best['weights'], identity, lambda: _exported(run)
-  )
+  candidate = functools.cache(lambda: _candidates(_pool(run)))  # read when it is first needed
+  for name, w in candidates.items():
+    _evaluate_once(run, rows, name, w, identity, lambda w=w: candidate()(w))
+  candidate.cache_clear()  # so that the pool and the export are not held together
+  _evaluate_once(run, rows, 'exported', best['weights'], identity, lambda: _exported(run))
   results = {path.stem: read_json(path) for path in directory.glob('*.json')}
   scores = {
     name: {
@@ -346,17 +346,16 @@ def report(run: Run) -> Path:
 def _evaluate_once(
   run: Run,
   rows: Mapping[str, Rows],
-  directory: Path,
   name: str,
   weights: Mapping[str, float],
   identity: Mapping,
   params: Callable[[], dict],
 ) -> None:
-  path = directory / f'{name}.json'
+  path = run.path / 'evaluations' / f'{name}.json'
   identity = {**identity, 'weights': dict(weights)}
   if path.exists() and read_json(path).get('identity') == identity:
     return
-  with account(run.path, f'evaluate/{name}') as cost:
+  with _stage(run, f'evaluate/{name}') as cost:
     found = _score_all(run, params(), rows)
     cost.update(flops=_flops(run, rows), tokens=sum(r.tokens.size for r in rows.values()))
   values = [score.value for score in found.values()]
@@ -384,6 +383,14 @@ def _exported(run: Run) -> dict:
   config, leaves, _ = bases.read_leaves(source, bases.kept_vocabulary(run.path / 'base'))
   model = dataclasses.replace(_model(run), config=config)
   return jax.tree.map(jnp.asarray, from_leaves(model, leaves))
+
+
+@contextlib.contextmanager
+def _stage(run: Run, name: str) -> Iterator[dict]:
+  """Accounts for a stage, and starts it without the memory that the last one left behind."""
+  release_memory()
+  with costs.account(run.path, name) as cost:
+    yield cost
 
 
 def _model(run: Run) -> Model:

@@ -9,7 +9,7 @@ import jax
 
 from optimer_jax.checkpoints import store
 from optimer_jax.errors import UserError
-from optimer_jax.gemma3 import Model, from_leaves
+from optimer_jax.gemma3 import Model, from_leaves, leaf_shapes
 from optimer_jax.vectors.extract import check_parent
 
 
@@ -36,16 +36,18 @@ def load_pool(base: Path | str, vectors: Mapping[str, Path | str], model: Model)
   Raises:
     UserError: a vector of another base or architecture, or a damaged leaf; it is named.
   """
-  base_manifest, leaves = store.load(base, 'base')
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  placed = dict.fromkeys(leaf_shapes(model.config), device)
+  base_manifest = store.read_manifest(base, 'base')
   if base_manifest.model != model.config:
     raise UserError(f'{base} has another architecture than the run: {base_manifest.model}')
   trees, manifests = [], {'base': base_manifest}
-  root = jax.tree.map(jax.numpy.asarray, from_leaves(model, leaves))
+  root = from_leaves(model, store.load(base, 'base', shardings=placed)[1])
   for name, path in vectors.items():
-    manifest, leaves = store.load(path, 'vector')
+    manifest, leaves = store.load(path, 'vector', shardings=placed)
     check_parent(manifest, base_manifest.fingerprint, path, base)
     manifests[name] = manifest
-    trees.append(jax.tree.map(jax.numpy.asarray, from_leaves(model, leaves)))
+    trees.append(from_leaves(model, leaves))
   return Pool(
     names=tuple(vectors),
     model=model,
