@@ -171,7 +171,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
       mixture({name: rows}, {name: 1.0}, run.training.seed),
       work,
       name=name,
-      identity=identity,
+      identity={**identity, 'data': rows.digest},
       mesh=run.mesh,
       evaluate=held_out,
     )
@@ -185,6 +185,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
       facts={
         'dataset': name,
         'settings': settings,
+        'data': rows.digest,
         'tokens': run.training.steps * run.training.batch * run.length,
         'seed': run.training.seed,
         'gin': run.gin,
@@ -245,7 +246,8 @@ def search(run: Run) -> dict:
         'flops': flops,
       }
 
-    best = run_study(directory, run.names, evaluate, run.study, pool.fingerprint, tasks=tuple(rows))
+    tasks = {name: r.digest for name, r in rows.items()}
+    best = run_study(directory, run.names, evaluate, run.study, pool.fingerprint, tasks)
     cost.update(spent)
   return best
 
@@ -257,11 +259,10 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
     weights = read_json(run.path / 'studies' / run.study.name / 'best.json')['weights']
   if set(weights) != set(run.names):
     raise UserError(f'give one weight for each of {", ".join(run.names)}, not {dict(weights)}')
-  made = {n: store.read_manifest(run.path / 'vectors' / n, 'vector') for n in run.names}
+  vectors = _vector_fingerprints(run)
   if (path / 'manifest.json').exists():
     old = store.read_manifest(path, 'merged')
-    parents = {n: m.fingerprint for n, m in made.items()}
-    if old.facts['weights'] == dict(weights) and old.facts['vectors'] == parents:
+    if old.facts['weights'] == dict(weights) and old.facts['vectors'] == vectors:
       return path
   with _stage(run, f'merge/{name}'):
     pool = _pool(run)
@@ -274,7 +275,7 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
       parents={'base': pool.manifests['base'].fingerprint},
       facts={
         'weights': dict(weights),
-        'vectors': {n: m.fingerprint for n, m in made.items()},
+        'vectors': vectors,
         'gin': run.gin,
       },
     )
@@ -285,7 +286,8 @@ def export(run: Run, name: str = 'optimer') -> Path:
   """Writes RUN/merged/NAME in Hugging Face's layout to RUN/export/NAME."""
   out = run.path / 'export' / name
   manifest = store.read_manifest(run.path / 'merged' / name, 'merged')
-  if (out / 'README.md').exists() and manifest.fingerprint in (out / 'README.md').read_text():
+  made = (out / 'README.md').read_text(encoding='utf-8') if (out / 'README.md').exists() else ''
+  if f'{manifest.fingerprint}, written in {run.export_dtype or "the dtype of"}' in made:
     return out
   with _stage(run, f'export/{name}'):
     bases.export(run.path / 'merged' / name, run.path / 'base', out, run.export_dtype)
@@ -309,8 +311,9 @@ def evaluate(run: Run) -> dict[str, dict]:
     'optimer': best['weights'],
   }
   identity = {
-    'vectors': {n: store.read_manifest(run.path / 'vectors' / n).fingerprint for n in run.names},
-    'rows': {n: store.digest(r.tokens) for n, r in rows.items()},
+    'vectors': _vector_fingerprints(run),
+    'rows': {n: r.digest for n, r in rows.items()},
+    'export_dtype': run.export_dtype,
   }
   candidate = functools.cache(lambda: _candidates(_pool(run)))  # read when it is first needed
   for name, w in candidates.items():
@@ -419,6 +422,11 @@ def _held_out(run: Run, dataset: Dataset, split: str) -> Rows:
 
 def _rows_cache(run: Run) -> Path:
   return run.cache_path / 'rows'
+
+
+def _vector_fingerprints(run: Run) -> dict[str, str]:
+  paths = {name: run.path / 'vectors' / name for name in run.names}
+  return {name: store.read_manifest(path, 'vector').fingerprint for name, path in paths.items()}
 
 
 def _pool(run: Run) -> Pool:

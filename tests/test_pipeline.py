@@ -133,6 +133,11 @@ def test_other_settings_in_the_same_directory_are_refused(done):
   with pytest.raises(UserError, match=r'cpt/north was made with seed = 0, not 1'):
     training = dataclasses.replace(done.training, seed=1)
     pipeline.train_one(dataclasses.replace(done, training=training), 'north')
+  with pytest.raises(
+    UserError, match=r'development data .*north .*, not .*north .*: give the study'
+  ):
+    fewer = dataclasses.replace(done.evaluation, dev_rows=5)
+    pipeline.search(dataclasses.replace(done, evaluation=fewer))
   with pytest.raises(UserError, match='was written with seed 0, not 5'):
     pipeline.search(dataclasses.replace(done, study=StudyConfig(trials=4, seed=5)))
 

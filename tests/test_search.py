@@ -40,7 +40,7 @@ def evaluate(weights: dict[str, float]) -> dict:
 
 def run(directory, evaluate=evaluate, pool='pool-a', tasks=('reading', 'writing'), **config):
   config = study.StudyConfig(**{'trials': 12, **config})
-  return study.run_study(directory, NAMES, evaluate, config, pool, list(tasks))
+  return study.run_study(directory, NAMES, evaluate, config, pool, dict.fromkeys(tasks, 'data'))
 
 
 def refuse(weights):

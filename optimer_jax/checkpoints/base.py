@@ -209,7 +209,7 @@ def export(
     for file in TOKENIZER_FILES:
       if sound := store.sound_file(base, file):
         shutil.copy(sound, new / file)
-    write_text(new / 'README.md', _model_card(manifest, base_manifest))
+    write_text(new / 'README.md', _model_card(manifest, base_manifest, dtype))
 
 
 def _untouched(base: Path) -> dict[str, Tensor]:
@@ -217,7 +217,7 @@ def _untouched(base: Path) -> dict[str, Tensor]:
   return {} if path is None else read_safetensors(path)
 
 
-def _model_card(manifest: store.Manifest, base: store.Manifest) -> str:
+def _model_card(manifest: store.Manifest, base: store.Manifest, dtype: str | None) -> str:
   source, notes = base.facts['source'], ''.join(f'- {note}\n' for note in base.facts['notes'])
   made = {
     'base': 'The base model itself, imported and written again.',
@@ -239,7 +239,7 @@ pipeline_tag: text-generation
 {made} The files of the original model were modified.
 {table}
 - base: {source} (fingerprint {base.fingerprint})
-- this model: fingerprint {manifest.fingerprint}
+- this model: fingerprint {manifest.fingerprint}, written in {dtype or 'the dtype of the base'}
 {notes}
 Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.
 By using this model you agree to them and to the Gemma Prohibited Use Policy named there.

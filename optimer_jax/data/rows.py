@@ -44,6 +44,7 @@ class Rows:
     positions: int32[N, T], from 0 in each segment.
     bytes: int32[N], the UTF-8 bytes that a row's targets stand for.
     sources: where each row's text is from; () for packed rows, which mix sources.
+    digest: of the tokens; '' for rows made by hand.
   """
 
   name: str
@@ -52,6 +53,7 @@ class Rows:
   positions: np.ndarray
   bytes: np.ndarray
   sources: tuple[str, ...] = ()
+  digest: str = ''
 
   def __len__(self) -> int:
     return len(self.tokens)
@@ -260,7 +262,9 @@ def _read(name: str, directory: Path) -> Rows | None:
       array: np.load(directory / f'{array}.npy', mmap_mode='r' if entry['rows'] else None)
       for array in entry['digests']
     }
-    return Rows(name, **arrays, sources=tuple(entry['sources']))
+    return Rows(
+      name, **arrays, sources=tuple(entry['sources']), digest=entry['digests']['tokens'][:32]
+    )
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return None
 

@@ -43,7 +43,7 @@ def run_study(
   evaluate: Callable[[dict[str, float]], Mapping],
   config: StudyConfig,
   pool: str,
-  tasks: Sequence[str],
+  tasks: Mapping[str, str],
 ) -> dict:
   """Runs the study to its end, from wherever it stands, and returns the content of best.json.
 
@@ -57,7 +57,7 @@ def run_study(
       lower scores are better; a value that is not finite makes the candidate infeasible.
     config: what to search.
     pool: fingerprint of the vector pool.
-    tasks: the tasks that `evaluate` scores.
+    tasks: the tasks that `evaluate` scores, each with a digest of the data that it scores on.
 
   Raises:
     UsageError: the configuration makes no sense.
@@ -69,6 +69,7 @@ def run_study(
   directory = Path(directory)
   ledger = directory / 'trials.jsonl'
   search = {key: getattr(config, key) for key in ('objective', 'lower', 'upper', 'seed')}
+  search['development data'] = ', '.join(f'{task} {data}' for task, data in sorted(tasks.items()))
   space = (names, config.lower, config.upper, config.seed)
   with _held(directory):
     rows = read_ledger(ledger, pool, names, tasks, search)
