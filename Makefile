@@ -21,7 +21,7 @@ help:
 
 venv: .venv/.test
 
-# Huge pages: taking fresh memory page by page costs a fifth of a training step on CPU.
+# Huge pages: taking fresh memory page by page slows a training step on CPU.
 quickstart: known-model .venv/.run
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/optimer pipeline --gin_file=$(quickstart_$(MODEL))
 

@@ -156,9 +156,9 @@ def train_one(run: Run, name: str) -> store.Manifest:
     _same_settings(path, manifest.facts['settings'], settings)
     return manifest
   with _stage(run, f'train/{name}') as cost:
-    model = _model(run)
-    rows = packed_rows(dataset.train, _tokenizer(run), run.length, _rows_cache(run))
-    dev = _held_out(run, dataset, 'dev')
+    model, tokenizer = _model(run), _tokenizer(run)
+    rows = packed_rows(dataset.train, tokenizer, run.length, _rows_cache(run))
+    dev = _held_out(run, tokenizer, dataset, 'dev')
 
     def held_out(params: dict) -> dict[str, float]:
       found = bits_per_byte.score(model, params, dev, run.evaluation.batch)
@@ -231,7 +231,8 @@ def search(run: Run) -> dict:
   directory = run.path / 'studies' / run.study.name
   with _stage(run, f'search/{run.study.name}') as cost:
     pool = _pool(run)
-    rows = {d.name: _held_out(run, d, 'dev') for d in run.datasets}
+    tokenizer = _tokenizer(run)
+    rows = {d.name: _held_out(run, tokenizer, d, 'dev') for d in run.datasets}
     candidate, spent = _candidates(pool), {'flops': 0.0, 'tokens': 0}
 
     def evaluate(weights: Mapping[str, float]) -> dict:
@@ -301,7 +302,8 @@ def evaluate(run: Run) -> dict[str, dict]:
   differences.
   """
   directory = run.path / 'evaluations'
-  rows = {d.name: _held_out(run, d, 'test') for d in run.datasets}
+  tokenizer = _tokenizer(run)
+  rows = {d.name: _held_out(run, tokenizer, d, 'test') for d in run.datasets}
   best = read_json(run.path / 'studies' / run.study.name / 'best.json')
   k = len(run.names)
   candidates = {
@@ -408,11 +410,11 @@ def _tokenizer(run: Run) -> Tokenizer:
   return Tokenizer.load(base, bases.kept_vocabulary(base))
 
 
-def _held_out(run: Run, dataset: Dataset, split: str) -> Rows:
+def _held_out(run: Run, tokenizer: Tokenizer, dataset: Dataset, split: str) -> Rows:
   count = run.evaluation.dev_rows if split == 'dev' else run.evaluation.test_rows
   return window_rows(
     getattr(dataset, split),
-    _tokenizer(run),
+    tokenizer,
     run.length,
     count,
     run.evaluation.seed,

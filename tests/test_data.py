@@ -71,7 +71,7 @@ def test_text_files(tmp_path):
 
 
 def test_parquet(tmp_path):
-  pa = pytest.importorskip('pyarrow')
+  import pyarrow as pa
   import pyarrow.parquet
 
   path = str(tmp_path / 'a.parquet')

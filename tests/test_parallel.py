@@ -28,8 +28,8 @@ from optimer_jax.gemma3 import (
   from_leaves,
   leaf_shapes,
   logical_axes,
+  to_leaves,
 )
-from optimer_jax.gemma3.layout import leaf_axes
 from optimer_jax.parallel.sharding import (
   MESH_AXES,
   RULES,
@@ -133,7 +133,7 @@ def main(scan: bool, out: Path) -> None:
   # An artifact written by one device, read by eight.
   mesh = make_mesh(MeshConfig(fsdp=2, tensor=4, data=-1))
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in leaves.items()}
-  places = shardings(leaf_axes(model.config), shapes, mesh)
+  places = shardings(to_leaves(model.config, logical_axes(Model(model.config))), shapes, mesh)
   with tempfile.TemporaryDirectory() as directory:
     store.save(f'{directory}/a', 'cpt', model.config, leaves)
     _, loaded = store.load(f'{directory}/a', shardings=places)

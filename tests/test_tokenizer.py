@@ -64,7 +64,8 @@ def test_byte_lengths_of_special_pieces(directory):
 
 
 def test_transformers_reads_the_directory(directory):
-  transformers = pytest.importorskip('transformers')
+  import transformers
+
   theirs = transformers.AutoTokenizer.from_pretrained(directory)
   ours = Tokenizer.load(directory).encode(TEXTS[:5])
   for text, ids in zip(TEXTS[:5], ours, strict=True):
@@ -145,8 +146,8 @@ def pieces_and_scores():
 
 
 def test_gguf_tokenizer_is_sentencepiece(tmp_path):
-  gguf = pytest.importorskip('gguf')
-  spm = pytest.importorskip('sentencepiece')
+  import gguf
+  import sentencepiece as spm
   from sentencepiece import sentencepiece_model_pb2
 
   pieces = pieces_and_scores()
@@ -189,7 +190,8 @@ def test_gguf_tokenizer_is_sentencepiece(tmp_path):
 
 
 def test_gguf_without_a_tokenizer(tmp_path):
-  gguf = pytest.importorskip('gguf')
+  import gguf
+
   with pytest.raises(UserError, match='is missing'):
     write_gguf_tokenizer(tmp_path / 'none.gguf', tmp_path / 'made')
   (tmp_path / 'half.gguf').write_bytes(b'GGUF\x03\x00')

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimer_jax.gemma3.config import PERIOD, Gemma3Config
-from optimer_jax.gemma3.transformer import Model, abstract_params, logical_axes
+from optimer_jax.gemma3.transformer import Model, abstract_params
 
 INIT_STD = 0.02  # Hugging Face's initializer_range
 
@@ -43,11 +43,6 @@ def _nested(leaves: Mapping) -> dict:
 def leaf_shapes(config: Gemma3Config) -> dict[str, tuple[int, ...]]:
   """Shape of every leaf, in the tree's order."""
   return {name: a.shape for name, a in _named(abstract_params(Model(config))).items()}
-
-
-def leaf_axes(config: Gemma3Config) -> dict[str, tuple[str, ...]]:
-  """Logical axes of every leaf."""
-  return _named(logical_axes(Model(config)))
 
 
 def to_leaves(config: Gemma3Config, params: dict) -> dict[str, jax.Array]:

@@ -25,8 +25,8 @@ def start(cache: Path) -> None:
 def release_memory() -> None:
   """Gives freed memory back to the system.
 
-  The C library keeps blocks below 32 MB, which a model of many layers consists of: two gigabytes
-  after training the 270M, on top of whatever the next stage needs.
+  The C library keeps blocks below 32 MB, which a model of many layers consists of, on top of
+  whatever the next stage needs.
   """
   gc.collect()
   with contextlib.suppress(AttributeError):  # another C library than glibc
