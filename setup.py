@@ -26,6 +26,7 @@ setup(
     'optimer_jax.gin_files': ['**/*.gin'],
   },
   install_requires=[
+    'array-record',
     'flax',
     'gin-config',
     'google-vizier',
@@ -40,9 +41,11 @@ setup(
     'orbax-checkpoint',
     'psutil',
     'pyarrow',
+    'pyyaml',
     'safetensors',
     'sqlalchemy',
     'tensorboardX',
+    'tensorstore',
     'tokenizers',
     'tqdm',
     # What Vizier's GP bandit imports: its own extra [jax] pins an equinox that jax 0.10 breaks.
@@ -62,6 +65,7 @@ setup(
     'test': [
       'hypothesis',
       'packaging',
+      'peft',
       'pytest',
       'ruff',
       'sentencepiece',

@@ -101,7 +101,7 @@ def tiny(config: Gemma3Config, directory: Path) -> float:
   source = open_source(str(directory), directory)
   if source.config != config:
     raise UserError(f'config.json was read as {source.config}, not {config}')
-  _, leaves, _ = read_leaves(source, None)
+  _, leaves = read_leaves(source, None)
   worst = 0.0
   for scan in (False, True):
     model = Model(config, scan=scan)
@@ -130,7 +130,7 @@ def real(length: int = 1024) -> dict[str, dict[str, float]]:
     theirs = Gemma3ForCausalLM.from_pretrained(
       place / 'hf', dtype=torch.float32, attn_implementation='eager'
     ).eval()
-    _, leaves, _ = read_leaves(open_source(str(place / 'hf'), place), None)
+    _, leaves = read_leaves(open_source(str(place / 'hf'), place), None)
     tokenizer = Tokenizer.load(place / 'base')
   model = Model(source.config)
   params = from_leaves(model, {name: jnp.asarray(leaf) for name, leaf in leaves.items()})

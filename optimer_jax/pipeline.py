@@ -385,7 +385,7 @@ def _evaluate_once(
 def _exported(run: Run) -> dict:
   """The exported checkpoint, read again in the dtype that it was written in."""
   source = bases.open_source(str(run.path / 'export' / 'optimer'), run.cache_path)
-  config, leaves, _ = bases.read_leaves(source, bases.kept_vocabulary(run.path / 'base'))
+  config, leaves = bases.read_leaves(source, bases.kept_vocabulary(run.path / 'base'))
   model = dataclasses.replace(_model(run), config=config)
   return jax.tree.map(jnp.asarray, from_leaves(model, leaves))
 

@@ -373,7 +373,7 @@ def test_decoding_matches_transformers(tmp_path):
       pad_token_id=0,
     )
     expected.append(whole[0, n:].numpy())
-  _, leaves, _ = read_leaves(open_source(str(tmp_path), tmp_path), None)
+  _, leaves = read_leaves(open_source(str(tmp_path), tmp_path), None)
   model = Model(CONFIG, scan=True)
   # The program of the test above: it was compiled for eos=300.
   found = generate(model, from_leaves(model, leaves), tokens, lengths, max_new=NEW, eos=300)

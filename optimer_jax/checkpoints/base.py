@@ -14,11 +14,10 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from optimer_jax.checkpoints import store
 from optimer_jax.checkpoints.gguf_file import open_gguf
@@ -28,7 +27,9 @@ from optimer_jax.checkpoints.huggingface import (
   open_huggingface,
   read_safetensors,
   write_huggingface,
+  write_safetensors,
 )
+from optimer_jax.checkpoints.leaves import blocks_of, row_blocks
 from optimer_jax.checkpoints.names import (
   EMBEDDING,
   Source,
@@ -73,25 +74,47 @@ def open_source(name: str, cache: Path) -> Source:
   return open_huggingface(download(name), name)
 
 
-def read_leaves(source: Source, kept: np.ndarray | None) -> tuple[Gemma3Config, dict, np.ndarray]:
-  """Reads all leaves of a source, one at a time.
+def read_leaves(source: Source, kept: np.ndarray | None) -> tuple[Gemma3Config, dict]:
+  """Reads a whole source into memory.
 
   Args:
     source: what to read.
     kept: int [V'], ascending ids whose embedding rows to keep; None keeps them all.
 
   Returns:
-    The config with the kept vocabulary, the leaves, and the rows not kept [V - V', D].
+    The config with the kept vocabulary, and the leaves.
   """
-  leaves = {}
-  for name, tensor in source.leaves.items():
-    leaves[name] = tensor.read()
+  config, leaves = with_vocabulary(source, kept)
+  return config, {name: tensor.read() for name, tensor in leaves.items()}
+
+
+def with_vocabulary(
+  source: Source, kept: np.ndarray | None
+) -> tuple[Gemma3Config, dict[str, Tensor]]:
+  """A source's config and leaves as they are with the embedding rows `kept` only."""
   if kept is None:
-    return source.config, leaves, leaves[EMBEDDING][:0]
-  full = leaves[EMBEDDING]
-  others = np.delete(full, kept, axis=0)
-  leaves[EMBEDDING] = full[kept]
-  return dataclasses.replace(source.config, vocab_size=len(kept)), leaves, others
+    return source.config, source.leaves
+  config = dataclasses.replace(source.config, vocab_size=len(kept))
+  full = source.leaves[EMBEDDING]
+  rows = _take(full, kept)
+  return config, source.leaves | {EMBEDDING: Tensor((len(kept), *full.shape[1:]), full.dtype, rows)}
+
+
+def _take(full: Tensor, ids: np.ndarray) -> Callable[..., np.ndarray]:
+  """Reads some rows of a tensor, of which it holds the stretch between the first and the last."""
+
+  def read(start: int = 0, stop: int | None = None) -> np.ndarray:
+    wanted = ids[start:stop]
+    if not len(wanted):
+      return full.read(0, 0)
+    parts = []
+    for begin, end in row_blocks(full.shape):
+      here = wanted[np.searchsorted(wanted, begin) : np.searchsorted(wanted, end)]
+      if len(here):
+        parts.append(full.read(here[0], here[-1] + 1)[here - here[0]])
+    return np.concatenate(parts)
+
+  return read
 
 
 def import_base(
@@ -116,18 +139,22 @@ def import_base(
   trimmed = kept is not None
   if not trimmed and source.config.vocab_size > TEXT_VOCABULARY:
     kept = np.arange(TEXT_VOCABULARY, dtype=np.int32)
-  config, leaves, others = read_leaves(source, kept)
+  config, leaves = with_vocabulary(source, kept)
 
   def add_files(new: Path) -> None:
     for file in tokenizer.iterdir():
       shutil.copy(file, new / file.name)
     write_text(new / 'config.json', json.dumps(source.config_json, indent=2) + '\n')
-    untouched = {name: tensor.read() for name, tensor in source.untouched.items()}
+    untouched = dict(source.untouched)
     if kept is not None:
       np.save(new / 'vocabulary.npy', kept.astype(np.int32))
-      untouched[OTHER_ROWS] = others
+      full = source.leaves[EMBEDDING]
+      others = np.setdiff1d(np.arange(full.shape[0]), kept)
+      shape = (len(others), *full.shape[1:])
+      untouched[OTHER_ROWS] = Tensor(shape, full.dtype, _take(full, others))
     if untouched:
-      save_file(untouched, new / 'untouched.safetensors')
+      shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in untouched.items()}
+      write_safetensors(new / 'untouched.safetensors', shapes, blocks_of(untouched))
 
   notes = list(source.notes)
   if trimmed:
@@ -143,7 +170,9 @@ def import_base(
     'notes': notes,
     'settings': dict(settings or {}),
   }
-  return store.save(path, 'base', config, leaves, facts=facts, add_files=add_files)
+  shapes = {name: tensor.shape for name, tensor in leaves.items()}
+  rows = blocks_of(leaves)
+  return store.save(path, 'base', config, rows, shapes=shapes, facts=facts, add_files=add_files)
 
 
 def kept_vocabulary(base: Path | str) -> np.ndarray | None:
@@ -171,7 +200,7 @@ def export(
   """
   base = Path(base)
   base_manifest = store.read_manifest(base, 'base')
-  manifest, leaves = store.load(artifact, ('base', 'cpt', 'merged'))
+  manifest, leaves = store.open_leaves(artifact, ('base', 'cpt', 'merged'))
   parent = manifest.parents.get('base', manifest.fingerprint)
   if parent != base_manifest.fingerprint:
     raise UserError(
@@ -182,34 +211,68 @@ def export(
   if dtype:
     config_json |= {'dtype': dtype, 'torch_dtype': dtype}
   facts, kept = base_manifest.facts, kept_vocabulary(base)
-  tensors = {}
-  for leaf, array in leaves.items():
-    kind = dtype or base_manifest.leaves[leaf]['dtype']
-    tensors[facts['prefix'] + external_name(leaf, 0)] = Tensor(
-      torch_shape(leaf, array.shape), kind, lambda leaf=leaf, a=array: to_torch(leaf, a)
-    )
   untouched = _untouched(base)
   others = untouched.pop(OTHER_ROWS, None)
   if kept is not None:
-    embedding, kind = leaves[EMBEDDING], dtype or base_manifest.leaves[EMBEDDING]['dtype']
-    shape = (facts['full_vocabulary'], embedding.shape[1])
-
-    def full_embedding():
-      full = np.empty(shape, kind)
-      missing = np.ones(len(full), bool)
-      missing[kept] = False
-      full[kept], full[missing] = embedding.astype(kind), others.read().astype(kind)
-      return full
-
-    tensors[facts['prefix'] + external_name(EMBEDDING, 0)] = Tensor(shape, kind, full_embedding)
+    leaves[EMBEDDING] = _full_embedding(leaves[EMBEDDING], others, kept)
+  tensors = {
+    facts['prefix'] + external_name(leaf, 0): Tensor(
+      torch_shape(leaf, tensor.shape),
+      dtype or base_manifest.leaves[leaf]['dtype'],
+      _as_torch(leaf, tensor),
+    )
+    for leaf, tensor in leaves.items()
+  }
   if facts['head']:
     tensors[facts['head']] = tensors[facts['prefix'] + external_name(EMBEDDING, 0)]
+  tensors |= untouched
   with atomic_directory(out) as new:
-    write_huggingface(new, config_json, tensors | untouched)
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    write_huggingface(new, config_json, shapes, blocks_of(tensors))
     for file in TOKENIZER_FILES:
       if sound := store.sound_file(base, file):
         shutil.copy(sound, new / file)
     write_text(new / 'README.md', _model_card(manifest, base_manifest, dtype))
+
+
+def _as_torch(leaf: str, tensor: Tensor) -> Callable[..., np.ndarray]:
+  """Reads rows of the [out, in] form; a transposed leaf is read once for all of them."""
+  if not leaf.endswith('_proj'):
+    return tensor.read
+  held = None
+
+  def read(start: int = 0, stop: int | None = None) -> np.ndarray:
+    nonlocal held
+    whole = to_torch(leaf, tensor.read()) if held is None else held
+    held = None if stop in (None, len(whole)) else whole
+    return whole[start:stop]
+
+  return read
+
+
+def _full_embedding(embedding: Tensor, others: Tensor, kept: np.ndarray) -> Tensor:
+  """The embedding with the rows that were not kept put back in their places."""
+  total = embedding.shape[0] + others.shape[0]
+  is_kept = np.zeros(total + 1, bool)
+  is_kept[kept] = True
+  before = np.concatenate([[0], np.cumsum(is_kept)])  # how many kept rows precede each row
+
+  def read(start: int = 0, stop: int | None = None) -> np.ndarray:
+    stop = total if stop is None else stop
+    ours, theirs = (
+      slice(before[start], before[stop]),
+      slice(start - before[start], stop - before[stop]),
+    )
+    mine = is_kept[start:stop]
+    # Rows that were not trained keep the base's values, in the wider dtype of the two.
+    rows = np.empty(
+      (stop - start, *embedding.shape[1:]), np.promote_types(embedding.dtype, others.dtype)
+    )
+    rows[mine] = embedding.read(ours.start, ours.stop)
+    rows[~mine] = others.read(theirs.start, theirs.stop)
+    return rows
+
+  return Tensor((total, *embedding.shape[1:]), embedding.dtype, read)
 
 
 def _untouched(base: Path) -> dict[str, Tensor]:
@@ -253,7 +316,7 @@ def _random(name: str) -> Source:
   config = SIZES[size]
   values = init_leaves(config, int(seed[0]) if seed else 0)
   leaves = {
-    leaf: Tensor(shape, 'float32', lambda leaf=leaf: values[leaf])
+    leaf: Tensor(shape, 'float32', lambda start=0, stop=None, leaf=leaf: values[leaf][start:stop])
     for leaf, shape in leaf_shapes(config).items()
   }
 
@@ -261,6 +324,7 @@ def _random(name: str) -> Source:
     name,
     config,
     to_hf(config, 'float32'),
+    leaves,
     leaves,
     'model.',
     None,

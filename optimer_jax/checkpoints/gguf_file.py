@@ -68,19 +68,20 @@ def open_gguf(path: Path, name: str | None = None) -> Source:
   def lazy(tensor):
     shape = tuple(int(n) for n in reversed(tensor.shape))
 
-    def read():
-      values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-      values = np.ascontiguousarray(values, np.float32).reshape(shape)
+    def read(start=0, stop=None):
+      values = gguf.quants.dequantize(tensor.data[start:stop], tensor.tensor_type)
+      values = np.ascontiguousarray(values, np.float32).reshape(-1, *shape[1:])
       # GGUF stores norm weights as 1 + w.
       return values - 1 if tensor.name.endswith('norm.weight') else values
 
     return Tensor(shape, 'float32', read)
 
-  leaves = {}
+  leaves, stored = {}, {}
   for leaf, shape in leaf_shapes(config).items():
     key = external_name(leaf, 1)
     tensor = tensors.pop(key, None)
-    leaves[leaf] = checked(tensor and lazy(tensor), leaf, shape, key, name)
+    stored[leaf] = tensor and lazy(tensor)
+    leaves[leaf] = checked(stored[leaf], leaf, shape, key, name)
   if tensors:
     raise UserError(f'{path} has tensors that Gemma 3 lacks: {", ".join(sorted(tensors)[:3])}')
   return Source(
@@ -88,6 +89,7 @@ def open_gguf(path: Path, name: str | None = None) -> Source:
     config,
     to_hf(config, 'float32'),
     leaves,
+    stored,
     'model.',
     None,
     {},

@@ -1,14 +1,17 @@
 """Hugging Face's layout: config.json, safetensors files and tokenizer files; in and out."""
 
+import functools
+import hashlib
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from optimer_jax.checkpoints.leaves import row_blocks
 from optimer_jax.checkpoints.names import (
   EMBEDDING,
   Source,
@@ -52,17 +55,22 @@ def open_huggingface(path: Path, name: str | None = None) -> Source:
   if prefix is None:
     raise UserError(f'{name} has no tensor …embed_tokens.weight: it is not a Gemma 3 checkpoint')
   shapes = leaf_shapes(config)
-  leaves = {}
+  leaves, stored = {}, {}
   for leaf, shape in shapes.items():
     key = prefix + external_name(leaf, 0)
-    leaves[leaf] = checked(found.pop(key, None), leaf, shape, key, name)
+    stored[leaf] = found.pop(key, None)
+    leaves[leaf] = checked(stored[leaf], leaf, shape, key, name)
   untouched, head = {}, None
   for key in list(found):
     if re.match(r'(model\.)?(vision_tower|multi_modal_projector)\.', key):
       untouched[key] = found.pop(key)
     elif re.fullmatch(r'(model\.|language_model\.)?lm_head\.weight', key):
       tensor = found.pop(key)
-      if not np.array_equal(tensor.read(), leaves[EMBEDDING].read()):
+      blocks = row_blocks(tensor.shape)
+      embedding = stored[EMBEDDING]
+      if tensor.shape != embedding.shape or not all(
+        np.array_equal(tensor.read(*block), embedding.read(*block)) for block in blocks
+      ):
         raise UserError(f'{name}: {key} differs from the embedding, but Gemma 3 ties them')
       head = key
   if found:
@@ -74,7 +82,7 @@ def open_huggingface(path: Path, name: str | None = None) -> Source:
       if (path / file).exists():
         (directory / file).write_bytes((path / file).read_bytes())
 
-  return Source(name, config, config_json, leaves, prefix, head, untouched, write_tokenizer)
+  return Source(name, config, config_json, leaves, stored, prefix, head, untouched, write_tokenizer)
 
 
 def _shards(path: Path) -> list[Path]:
@@ -110,15 +118,15 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
   except (SafetensorError, OSError) as error:
     raise UserError(f'{file} is damaged or cut off ({error}): copy it again') from error
 
-  def read(key):
+  def read(key, start=0, stop=None):
     with safe_open(file, 'np') as opened:
-      return opened.get_tensor(key)
+      return opened.get_slice(key)[start:stop]
 
   out = {}
   for key, (shape, dtype) in shapes.items():
     if dtype not in _DTYPES:
       raise UserError(f'{file}: {key} is {dtype}, but only F32, BF16 and F16 can be read')
-    out[key] = Tensor(shape, _DTYPES[dtype], lambda key=key: read(key))
+    out[key] = Tensor(shape, _DTYPES[dtype], functools.partial(read, key))
   return out
 
 
@@ -140,15 +148,24 @@ def download(name: str) -> Path:
 SHARD_BYTES = 5_000_000_000
 
 
-def write_huggingface(path: Path, config_json: dict, tensors: Mapping[str, Tensor]) -> None:
-  """Writes config.json and safetensors files of at most 5 GB each, one file in memory at a time.
+def write_huggingface(
+  path: Path,
+  config_json: dict,
+  tensors: Mapping[str, tuple[tuple[int, ...], str]],
+  rows: Iterable[tuple[str, np.ndarray]],
+) -> dict[str, str]:
+  """Writes config.json and safetensors files of at most 5 GB each, as the rows come.
 
   Args:
     path: an existing directory.
     config_json: what config.json shall hold.
-    tensors: Hugging Face name to tensor in [out, in] form; each is written in its `dtype`.
+    tensors: Hugging Face name to [out, in] shape and dtype.
+    rows: the tensors in that order, whole or in consecutive blocks of rows, of any float dtype.
+
+  Returns:
+    The digest of each tensor's values, by name.
   """
-  sizes = {name: np.dtype(t.dtype).itemsize * math.prod(t.shape) for name, t in tensors.items()}
+  sizes = {name: _size(*tensor) for name, tensor in tensors.items()}
   shards, room = [], 0
   for name, size in sizes.items():
     if size > room:
@@ -156,14 +173,52 @@ def write_huggingface(path: Path, config_json: dict, tensors: Mapping[str, Tenso
       room = SHARD_BYTES
     shards[-1].append(name)
     room -= size
-  files = {}
+  rows, files, digests = iter(rows), {}, {}
   for i, names in enumerate(shards, 1):
     file = f'model-{i:05}-of-{len(shards):05}.safetensors'
     file = file if len(shards) > 1 else 'model.safetensors'
-    arrays = {name: tensors[name].read().astype(tensors[name].dtype) for name in names}
-    save_file(arrays, path / file, metadata={'format': 'pt'})
+    digests |= write_safetensors(path / file, {name: tensors[name] for name in names}, rows)
     files |= dict.fromkeys(names, file)
   if len(shards) > 1:
     index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': files}
     write_json(path / 'model.safetensors.index.json', index)
   write_json(path / 'config.json', config_json)
+  return digests
+
+
+def write_safetensors(
+  file: Path,
+  tensors: Mapping[str, tuple[tuple[int, ...], str]],
+  rows: Iterable[tuple[str, np.ndarray]],
+) -> dict[str, str]:
+  """Writes one file as `write_huggingface` does.
+
+  The safetensors library writes whole files from memory; the format is a header and the tensors'
+  bytes one after another, which are written here as they come.
+  """
+  dtypes = {dtype: code for code, dtype in _DTYPES.items()}
+  header, end = {'__metadata__': {'format': 'pt'}}, 0
+  for name, (shape, dtype) in tensors.items():
+    begin, end = end, end + _size(shape, dtype)
+    header[name] = {'dtype': dtypes[dtype], 'shape': shape, 'data_offsets': [begin, end]}
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)  # so that the tensors lie on eight bytes
+  rows, digests = iter(rows), {}
+  with open(file, 'wb') as out:
+    out.write(len(text).to_bytes(8, 'little') + text)
+    for name, (shape, dtype) in tensors.items():
+      hashed, left = hashlib.blake2b(digest_size=16), _size(shape, dtype)
+      while left:
+        given, block = next(rows)
+        data = np.ascontiguousarray(block.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
+        if given != name or data.nbytes > left:
+          raise ValueError(f'{data.nbytes} bytes of {given} came where {left} of {name} are left')
+        out.write(data)
+        hashed.update(data)
+        left -= data.nbytes
+      digests[name] = hashed.hexdigest()
+  return digests
+
+
+def _size(shape: tuple[int, ...], dtype: str) -> int:
+  return np.dtype(dtype).itemsize * math.prod(shape)

@@ -1,7 +1,7 @@
 """How others name and shape the leaves, and how a checkpoint to import is described.
 
-A tensor is read, transposed and handed on one at a time, so that importing never holds a second
-copy of the model.
+A tensor is read, transposed and handed on one at a time, an embedding by rows, so that a model may
+be larger than memory.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ _TOP = {
 
 
 class Tensor(NamedTuple):
-  """An array that is read when it is asked for."""
+  """An array that is read when it is asked for: `read()`, or `read(start, stop)` for some rows."""
 
   shape: tuple[int, ...]
   dtype: str
-  read: Callable[[], np.ndarray]
+  read: Callable[..., np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Source:
   config: Gemma3Config  # with the source's full vocabulary
   config_json: dict  # as the source has it, or as written for a source that has none
   leaves: dict[str, Tensor]  # in this project's shapes
+  stored: dict[str, Tensor]  # the same by leaf in the source's own [out, in] shapes
   prefix: str  # of the text tower's names in an export
   head: str | None  # the name of a tied lm_head that the source spells out
   untouched: dict[str, Tensor]  # tensors that pass through: vision tower, projector
@@ -104,4 +105,14 @@ def checked(tensor: Tensor | None, leaf: str, shape: tuple, key: str, where: str
       f'{where}: {key} has shape {list(tensor.shape)}, '
       f'but its config.json says {list(torch_shape(leaf, shape))}'
     )
-  return Tensor(shape, tensor.dtype, lambda: from_torch(leaf, tensor.read(), shape))
+  if not leaf.endswith('_proj'):
+    return Tensor(shape, tensor.dtype, tensor.read)
+  held = None  # transposed once for all its rows, let go with the last
+
+  def read(start: int = 0, stop: int | None = None) -> np.ndarray:
+    nonlocal held
+    whole = from_torch(leaf, tensor.read(), shape) if held is None else held
+    held = None if stop in (None, shape[0]) else whole
+    return whole[start:stop]
+
+  return Tensor(shape, tensor.dtype, read)

@@ -1,27 +1,27 @@
 """Artifacts: a directory of named leaves in Orbax's format under a manifest with digests.
 
   ARTIFACT/manifest.json   what it is, where it came from, a digest of every leaf
-  ARTIFACT/leaves/         Orbax: one array a leaf, uncompressed (float weights do not compress)
+  ARTIFACT/leaves/         Orbax: one array a leaf, uncompressed
   ARTIFACT/…               a base also keeps config.json, tokenizer files, untouched tensors
 
 Orbax notices a truncated file but not a flipped bit; the digests notice both.
 """
 
-import concurrent.futures
 import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from optimer_jax import __version__
+from optimer_jax.checkpoints.leaves import open_leaves as open_rows
+from optimer_jax.checkpoints.leaves import write_leaves
+from optimer_jax.checkpoints.names import Tensor
 from optimer_jax.errors import UserError
 from optimer_jax.files import atomic_directory, read_json, write_json
 from optimer_jax.gemma3.config import Gemma3Config
@@ -46,12 +46,6 @@ class Manifest:
   format: int = FORMAT
 
 
-def digest(array: np.ndarray) -> str:
-  """BLAKE2b of the values in C order, 128 bits, as hex."""
-  data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-  return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
 def fingerprint(leaves: Mapping[str, dict]) -> str:
   """A digest of the parameters themselves: names, shapes, dtypes and values."""
   lines = sorted(f'{name} {a["shape"]} {a["dtype"]} {a["digest"]}' for name, a in leaves.items())
@@ -73,8 +67,9 @@ def save(
   path: Path | str,
   kind: str,
   model: Gemma3Config,
-  leaves: Mapping[str, jax.Array | np.ndarray],
+  leaves: Mapping[str, np.ndarray | jax.Array] | Iterable[tuple[str, np.ndarray]],
   *,
+  shapes: Mapping[str, tuple[int, ...]] | None = None,
   parents: Mapping[str, str] | None = None,
   facts: Mapping | None = None,
   add_files: Callable[[Path], None] | None = None,
@@ -85,32 +80,22 @@ def save(
     path: the artifact's directory, replaced if it exists.
     kind: base, cpt, vector or merged.
     model: the architecture.
-    leaves: every leaf of it.
+    leaves: every leaf by name; or names and values as they come, a leaf whole or in consecutive
+      blocks of rows (`leaves.row_blocks`), so that an artifact may be larger than memory.
+    shapes: of leaves that come in blocks, where they are not the model's own.
     parents: role to fingerprint of the artifacts that it was made from.
-    facts: JSON values to keep in the manifest.
+    facts: JSON values to keep in the manifest, read after the last leaf.
     add_files: called with the directory before it takes its place.
 
   Raises:
     UserError: the disk is full.
   """
-  leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    digests = dict(zip(leaves, pool.map(digest, leaves.values()), strict=True))
-  entries = {
-    name: {'shape': list(a.shape), 'dtype': a.dtype.name, 'digest': digests[name]}
-    for name, a in leaves.items()
-  }
-  size = sum(a.nbytes for a in leaves.values())
   path = Path(path)
+  shapes = shapes or leaf_shapes(model)
+  if isinstance(leaves, Mapping):
+    leaves, shapes = leaves.items(), {name: leaf.shape for name, leaf in leaves.items()}
   with atomic_directory(path) as new:
-    free = shutil.disk_usage(new).free
-    if free < 1.05 * size:
-      raise UserError(
-        f'no room on the disk for {path}: it needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB '
-        'are free; free some space and start again'
-      )
-    with orbax_context():
-      ocp.save((new / 'leaves').absolute(), leaves)
+    entries = write_leaves(new / 'leaves', shapes, leaves)
     if add_files:
       add_files(new)
     manifest = Manifest(
@@ -127,13 +112,6 @@ def save(
     raw = dataclasses.asdict(manifest)
     write_json(new / 'manifest.json', {**raw, 'seal': seal(raw)})
   return manifest
-
-
-def orbax_context() -> ocp.Context:
-  """Orbax without compression, which cost three times the speed and saved 8%."""
-  context = ocp.Context()
-  context.array.saving.use_compression = False
-  return context
 
 
 def read_manifest(path: Path | str, kind: str | tuple[str, ...] | None = None) -> Manifest:
@@ -185,21 +163,13 @@ def _file_digest(file: Path) -> str:
     return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def load(
-  path: Path | str,
-  kind: str | tuple[str, ...] | None = None,
-  *,
-  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-) -> tuple[Manifest, dict[str, np.ndarray | jax.Array]]:
-  """Reads an artifact and checks every leaf against its digest.
-
-  Args:
-    path: the artifact's directory.
-    kind: what it must be, if that matters.
-    shardings: leaf name to sharding; leaves then are `jax.Array`s placed so, else numpy.
+def open_leaves(
+  path: Path | str, kind: str | tuple[str, ...] | None = None
+) -> tuple[Manifest, dict[str, Tensor]]:
+  """Opens an artifact whose leaves are read when they are asked for (`leaves.open_leaves`).
 
   Raises:
-    UserError: something is missing, misshapen or damaged; the leaf or file is named.
+    UserError: something is missing or misshapen; the leaf or file is named.
   """
   path = Path(path)
   manifest = read_manifest(path, kind)
@@ -212,23 +182,30 @@ def load(
   for name in manifest.leaves:
     if name not in expected:
       raise UserError(f'{path} has a leaf {name} that its model lacks: write the artifact again')
-  abstract = {}
-  for name, shape in expected.items():
-    dtype = np.dtype(manifest.leaves[name]['dtype'])
-    abstract[name] = (
-      jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
-      if shardings
-      else np.empty(shape, dtype)
-    )
-  try:
-    with orbax_context():
-      leaves = ocp.load((path / 'leaves').absolute(), abstract)
-  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-    reason = (str(error) or type(error).__name__).splitlines()[0].split('. ')[0]
-    raise UserError(f'{path}/leaves cannot be read ({reason}): write the artifact again') from error
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    found = pool.map(lambda name: digest(np.asarray(leaves[name])), expected)
-    for name, value in zip(expected, found, strict=True):
-      if value != manifest.leaves[name]['digest']:
-        raise UserError(f'{path}: the values of {name} are damaged; write the artifact again')
+  entries = {name: manifest.leaves[name] for name in expected}
+  return manifest, open_rows(path / 'leaves', entries, path)
+
+
+def load(
+  path: Path | str,
+  kind: str | tuple[str, ...] | None = None,
+  *,
+  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> tuple[Manifest, dict[str, np.ndarray | jax.Array]]:
+  """Reads an artifact and checks every leaf against its digest.
+
+  Args:
+    path: the artifact's directory.
+    kind: what it must be, if that matters.
+    shardings: leaf name to sharding; leaves then are `jax.Array`s placed so, else numpy. The
+      host holds one leaf at a time of those.
+
+  Raises:
+    UserError: something is missing, misshapen or damaged; the leaf or file is named.
+  """
+  manifest, tensors = open_leaves(path, kind)
+  leaves = {}
+  for name, tensor in tensors.items():
+    value = tensor.read()
+    leaves[name] = jax.device_put(value, shardings[name]) if shardings else value
   return manifest, leaves

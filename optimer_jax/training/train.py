@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
-from optimer_jax.checkpoints.store import digest, orbax_context
+from optimer_jax.checkpoints.leaves import digest, orbax_context
 from optimer_jax.data.mixtures import global_batch
 from optimer_jax.errors import UserError
 from optimer_jax.files import no_room, read_json, write_json
