@@ -26,7 +26,7 @@ setup(
     'optimer_jax.gin_files': ['**/*.gin'],
   },
   install_requires=[
-    'array-record',
+    "array-record; sys_platform != 'win32'",
     'flax',
     'gin-config',
     'google-vizier',

@@ -1,6 +1,7 @@
 """`optimer VERB`: the verbs of one run, described by gin files and bindings."""
 
 import argparse
+import dataclasses
 import os
 import sys
 
@@ -24,24 +25,33 @@ RUN/training/NAME while it runs. Costs steps x batch x length tokens for each da
 where the time goes; it saves its state on the way and resumes from it.""",
   'extract': """Takes each CPT model's distribution vector: trained minus base.
 
-Reads RUN/base and RUN/cpt. Writes RUN/vectors/NAME and the pool's geometry. Costs seconds.""",
-  'inspect': """Norms of the vectors by layer and module, and the cosines between them.
+Reads RUN/base and RUN/cpt, and the models named in Run.vectors: fine-tunes of the same base in
+Hugging Face's layout, PEFT LoRA adapters. Writes RUN/vectors/NAME, as float32, bfloat16 or int8
+(Run.vector_dtype), and the pool's geometry. Costs seconds, and the memory of a few blocks of
+rows.""",
+  'inspect': """What the vectors look like: norms, angles, signs, ranks, straightness of training.
 
-Reads RUN/base and RUN/vectors. Writes RUN/vectors/geometry.json and prints it as a table.
-Costs seconds.""",
+Reads RUN/base, RUN/vectors and the checkpoints that training kept (TrainConfig.keep_every). Writes
+RUN/vectors/geometry.json, trajectory.json and pictures, and prints norms and cosines. Costs seconds
+for a small model, and the memory of a few blocks of rows.""",
   'search': """Searches the merge weights with Vizier's GP bandit.
 
 Reads RUN/base, RUN/vectors and the development text. Writes RUN/studies/NAME: every trial in
 trials.jsonl, the answer in best.json. Costs one evaluation of the development rows a trial;
 evaluated trials are never evaluated again.""",
-  'merge': """Writes base + sum of w x vector as a model.
+  'merge': """Writes base + sum of w x vector as a model, or merges by another method.
 
-Reads RUN/base, RUN/vectors and the study's answer, or --weights ja=0.3,zh=0.2. Writes
-RUN/merged/NAME. Costs seconds.""",
-  'export': """Writes a merged model as a Hugging Face checkpoint.
+Reads RUN/base, RUN/vectors and the study's answer, or --weights ja=0.3,zh=0.2, and --method and
+--density (other numbers: --gin.MergeConfig.NAME=VALUE). Writes RUN/merged/NAME.
+With --mergekit FILE --out DIR instead of a gin file, merges Hugging Face checkpoints as a mergekit
+YAML file says, into DIR. Costs seconds a billion parameters, and the memory of a few blocks of
+rows: models may be larger than it.""",
+  'export': """Writes a merged model as a Hugging Face checkpoint, or as a LoRA adapter.
 
 Reads RUN/merged/NAME and RUN/base. Writes RUN/export/NAME: safetensors, config.json, tokenizer and
-a model card. Costs seconds and the size of the model.""",
+a model card. With --lora RANK, writes what it adds to the base (or --vector NAME, a vector) as a
+PEFT adapter to RUN/export/NAME-lora-RANK, and what the rank loses to reconstruction.json. Costs
+seconds (a LoRA: minutes for large models) and the size of the model.""",
   'evaluate': """Bits per byte of base, CPT models, their average, OptiMer and its export.
 
 Reads the test text, which neither training nor search has seen. Writes RUN/evaluations. Costs one
@@ -101,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
       'Any binding can be given as --gin.NAME=VALUE, as in --gin.TrainConfig.steps=100.',
     )
     sub.add_argument(
-      '--gin_file', action='append', required=True, metavar='FILE', help='may be repeated'
+      '--gin_file', action='append', default=[], metavar='FILE', help='may be repeated'
     )
     sub.add_argument(
       '--gin_bindings', action='append', default=[], metavar="'A.b = …'", help='may be repeated'
@@ -111,8 +121,17 @@ def _parser() -> argparse.ArgumentParser:
       sub.add_argument('--dataset', metavar='NAME', help='train on this data set only')
     if verb == 'merge':
       sub.add_argument('--weights', metavar='NAME=W,…', help="default: the study's answer")
+      sub.add_argument('--method', metavar='M', help='ties, dare_linear …; default: as in gin')
+      sub.add_argument('--density', type=float, metavar='D', help='share of each vector to keep')
+      sub.add_argument(
+        '--mergekit', metavar='FILE', help='a mergekit YAML file, without a gin file'
+      )
+      sub.add_argument('--out', metavar='DIR', help='with --mergekit: the directory to write')
     if verb in ('merge', 'export'):
       sub.add_argument('--name', default='optimer', help='of the merged model')
+    if verb == 'export':
+      sub.add_argument('--lora', type=int, metavar='RANK', help='write a LoRA adapter of this rank')
+      sub.add_argument('--vector', metavar='NAME', help='with --lora: of this vector')
   return parser
 
 
@@ -122,6 +141,11 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
   from optimer_jax import configs, pipeline
   from optimer_jax.parallel.startup import start
 
+  if options.verb == 'merge' and options.mergekit:
+    _merge_files(options)
+    return
+  if not options.gin_file:
+    raise UsageError('give a run with --gin_file, as in --gin_file=runs/quickstart.gin')
   run = configs.read_run(options.gin_file, bindings)
   start(run.cache_path)
   verb = options.verb
@@ -131,8 +155,15 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
   elif verb == 'inspect':
     _print_geometry(pipeline.inspect(run))
   elif verb == 'merge':
+    changed = {key: getattr(options, key) for key in ('method', 'density')}
+    changed = {key: value for key, value in changed.items() if value is not None}
+    run = dataclasses.replace(run, merging=dataclasses.replace(run.merging, **changed))
     print(pipeline.merge(run, _weights(options.weights), options.name))
+  elif verb == 'export' and options.lora:
+    _print_lora(pipeline.export_lora(run, options.lora, options.name, options.vector))
   elif verb == 'export':
+    if options.vector:
+      raise UsageError('a vector is exported as a LoRA: add --lora RANK')
     print(pipeline.export(run, options.name))
   elif verb == 'evaluate':
     _print_scores(pipeline.evaluate(run), run.names)
@@ -144,6 +175,19 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
       'search': pipeline.search,
       'report': pipeline.report,
     }[verb](run)
+
+
+def _merge_files(options: argparse.Namespace) -> None:
+  from optimer_jax.data.sources import default_cache
+  from optimer_jax.merging.huggingface import merge_checkpoints
+  from optimer_jax.merging.mergekit_yaml import read_mergekit
+  from optimer_jax.parallel.startup import start
+
+  if not options.out or options.gin_file:
+    raise UsageError('--mergekit takes --out DIR, and no gin file')
+  start(default_cache())
+  merge_checkpoints(read_mergekit(options.mergekit), options.out, default_cache())
+  print(options.out)
 
 
 def _weights(text: str | None) -> dict[str, float] | None:
@@ -161,6 +205,14 @@ def _print_geometry(found: dict) -> None:
   for name, row in zip(names, found['cosine'], strict=True):
     cosines = ''.join(f'{value:12.3f}' for value in row)
     print(f'{name:12}{found["norm"][name]:10.3f}{found["relative_norm"][name]:10.5f}{cosines}')
+
+
+def _print_lora(found: dict) -> None:
+  print(f'{"lost, relative to the norm":28}{"norm":>10}{"error":>10}')
+  for module, row in found['modules'].items():
+    print(f'{module:28}{row["norm"]:10.4f}{row["error"]:10.4f}')
+  print(f'{"what has factors":38}{found["error_of_adapted"]:10.4f}')
+  print(f'{"everything":38}{found["error"]:10.4f}')
 
 
 def _print_scores(results: dict, names: tuple[str, ...]) -> None:

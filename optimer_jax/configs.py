@@ -13,6 +13,7 @@ import gin
 from optimer_jax import pipeline
 from optimer_jax.data import datasets, sources
 from optimer_jax.errors import UsageError
+from optimer_jax.merging import candidates
 from optimer_jax.parallel import sharding
 from optimer_jax.search import study
 from optimer_jax.training import train
@@ -26,7 +27,14 @@ CONFIGURABLE = {
     datasets.from_recipe,
     datasets.synthetic,
   ),
-  'optimer_jax.data.sources': (sources.Hub, sources.Jsonl, sources.Parquet, sources.TextFiles),
+  'optimer_jax.data.sources': (
+    sources.ArrayRecord,
+    sources.Hub,
+    sources.Jsonl,
+    sources.Parquet,
+    sources.TextFiles,
+  ),
+  'optimer_jax.merging.candidates': (candidates.MergeConfig,),
   'optimer_jax.parallel.sharding': (sharding.MeshConfig,),
   'optimer_jax.search.study': (study.StudyConfig,),
   'optimer_jax.training.train': (train.TrainConfig,),

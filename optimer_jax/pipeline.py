@@ -18,6 +18,7 @@ import numpy as np
 
 from optimer_jax.checkpoints import base as bases
 from optimer_jax.checkpoints import store
+from optimer_jax.checkpoints.names import contracted_axes
 from optimer_jax.data.datasets import Dataset
 from optimer_jax.data.mixtures import mixture
 from optimer_jax.data.rows import Rows, packed_rows, window_rows
@@ -26,18 +27,23 @@ from optimer_jax.data.tokenizer import Tokenizer, choose_kept, write_tiny_tokeni
 from optimer_jax.errors import UserError
 from optimer_jax.evaluation import bits_per_byte
 from optimer_jax.files import read_json, write_json, write_text
-from optimer_jax.gemma3 import Model, from_leaves, to_leaves
-from optimer_jax.merging.weighted_sum import weighted_sum
+from optimer_jax.gemma3 import Model, from_leaves
+from optimer_jax.merging.candidates import MergeConfig, candidates
+from optimer_jax.merging.streamed import difference, merge_streamed
 from optimer_jax.parallel.sharding import MeshConfig
 from optimer_jax.parallel.startup import release_memory
 from optimer_jax.progress import say
 from optimer_jax.report import costs
 from optimer_jax.report.page import write_report
+from optimer_jax.report.style import png
+from optimer_jax.report.vector_plots import vector_figures
 from optimer_jax.search.study import StudyConfig, run_study
 from optimer_jax.training.train import TrainConfig, finish, train
-from optimer_jax.vectors.extract import extract
+from optimer_jax.vectors import lora
+from optimer_jax.vectors.extract import check_parent, extract
 from optimer_jax.vectors.geometry import geometry
-from optimer_jax.vectors.pool import Pool, load_pool
+from optimer_jax.vectors.pool import load_pool, open_pool
+from optimer_jax.vectors.trajectory import trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Run:
   training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
+  merging: MergeConfig = dataclasses.field(default_factory=MergeConfig)
+  vectors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> model to extract
   vector_dtype: str = 'float32'
   export_dtype: str | None = None  # default: that of the base
   cache: str | None = None  # downloads and packed rows; default: ~/.cache/optimer_jax
@@ -78,7 +86,13 @@ class Run:
 
   @property
   def names(self) -> tuple[str, ...]:
+    """Of the data sets."""
     return tuple(dataset.name for dataset in self.datasets)
+
+  @property
+  def vector_paths(self) -> dict[str, Path]:
+    """The pool: the vectors of the data sets, and of models that were trained elsewhere."""
+    return {name: self.path / 'vectors' / name for name in (*self.names, *self.vectors)}
 
   @property
   def cache_path(self) -> Path:
@@ -164,6 +178,11 @@ def train_one(run: Run, name: str) -> store.Manifest:
       found = bits_per_byte.score(model, params, dev, run.evaluation.batch)
       return {'dev_bits_per_byte': found.value}
 
+    def keep(step: int, leaves: dict) -> None:
+      parents, facts = {'base': base_manifest.fingerprint}, {'dataset': name, 'step': step}
+      snapshot = run.path / 'snapshots' / name / str(step)
+      store.save(snapshot, 'cpt', model.config, leaves, parents=parents, facts=facts)
+
     leaves, spent = train(
       run.training,
       model,
@@ -174,6 +193,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
       identity={**identity, 'data': rows.digest},
       mesh=run.mesh,
       evaluate=held_out,
+      keep=keep,
     )
     cost.update({key: spent[key] for key in ('flops', 'tokens')})
     manifest = store.save(
@@ -199,45 +219,64 @@ def train_one(run: Run, name: str) -> store.Manifest:
 
 
 def extract_all(run: Run) -> None:
-  """Writes RUN/vectors/NAME for each CPT model, and the geometry of the pool."""
+  """Writes RUN/vectors/NAME for each CPT model and each model of `Run.vectors`; inspects them."""
   vectors, base = run.path / 'vectors', run.path / 'base'
-  made = {name: store.read_manifest(run.path / 'cpt' / name, 'cpt') for name in run.names}
-  for name, model in made.items():
+  cpt = {name: run.path / 'cpt' / name for name in run.names}
+  made_from = {name: store.read_manifest(path, 'cpt').fingerprint for name, path in cpt.items()}
+  for name, model in {**cpt, **run.vectors}.items():
     path = vectors / name
     if (path / 'manifest.json').exists():
-      old = store.read_manifest(path, 'vector')
-      dtypes = {leaf['dtype'] for leaf in old.leaves.values()}
-      if old.parents['model'] == model.fingerprint and dtypes == {run.vector_dtype}:
+      facts = store.read_manifest(path, 'vector')
+      origin = facts.parents['model'] if name in cpt else facts.facts['source']
+      if origin == made_from.get(name, model) and facts.facts['dtype'] == run.vector_dtype:
         continue
     with _stage(run, f'extract/{name}'):
-      extract(base, run.path / 'cpt' / name, path, name, run.vector_dtype)
+      extract(base, model, path, name, run.vector_dtype, run.cache_path)
       (vectors / 'geometry.json').unlink(missing_ok=True)
   if not (vectors / 'geometry.json').exists():
     inspect(run)
 
 
 def inspect(run: Run) -> dict:
-  """Norms and cosines of the vectors, into RUN/vectors/geometry.json."""
+  """What the vectors look like and how straight training was, into RUN/vectors: JSON and PNG."""
+  directory = run.path / 'vectors'
   with _stage(run, 'inspect'):
-    _, base = store.load(run.path / 'base', 'base')
-    pool = {name: store.load(run.path / 'vectors' / name, 'vector')[1] for name in run.names}
-    found = geometry(base, pool)
-    write_json(run.path / 'vectors' / 'geometry.json', found)
+    pool = open_pool(run.path / 'base', run.vector_paths)
+    found = geometry(pool.base, pool.vectors)
+    ways = {name: _trajectory(run, name) for name in run.names}
+    ways = {name: way for name, way in ways.items() if way}
+    for name, figure in vector_figures(found, ways).items():
+      (directory / f'{name}.png').write_bytes(png(figure))
+    if ways:
+      write_json(directory / 'trajectory.json', ways)
+    write_json(directory / 'geometry.json', found)
   return found
+
+
+def _trajectory(run: Run, name: str) -> dict | None:
+  """The way from the base through the kept checkpoints to the CPT model, if any were kept."""
+  base = store.open_leaves(run.path / 'base', 'base')[1]
+  kept = sorted((run.path / 'snapshots' / name).glob('[0-9]*'), key=lambda path: int(path.name))
+  if not kept:
+    return None
+  steps = {int(path.name): store.open_leaves(path, 'cpt')[1] for path in kept}
+  steps[run.training.steps] = store.open_leaves(run.path / 'cpt' / name, 'cpt')[1]
+  return trajectory([(0, base), *steps.items()])
 
 
 def search(run: Run) -> dict:
   """Searches the merge weights on the dev rows; RUN/studies/NAME keeps every trial."""
-  directory = run.path / 'studies' / run.study.name
+  directory, names = run.path / 'studies' / run.study.name, [*run.vector_paths]
+  run.merging.check_searchable(len(names))
   with _stage(run, f'search/{run.study.name}') as cost:
-    pool = _pool(run)
+    pool = load_pool(run.path / 'base', run.vector_paths, _model(run))
     tokenizer = _tokenizer(run)
     rows = {d.name: _held_out(run, tokenizer, d, 'dev') for d in run.datasets}
-    candidate, spent = _candidates(pool), {'flops': 0.0, 'tokens': 0}
+    candidate, spent = candidates(pool, run.merging), {'flops': 0.0, 'tokens': 0}
 
-    def evaluate(weights: Mapping[str, float]) -> dict:
+    def evaluate(point: Mapping[str, float]) -> dict:
       began = time.monotonic()
-      found = _score_all(run, candidate(weights), rows)
+      found = _score_all(run, candidate(point), rows)
       flops = _flops(run, rows)
       spent['flops'] += flops
       spent['tokens'] += sum(r.tokens.size for r in rows.values())
@@ -248,38 +287,49 @@ def search(run: Run) -> dict:
       }
 
     tasks = {name: r.digest for name, r in rows.items()}
-    best = run_study(directory, run.names, evaluate, run.study, pool.fingerprint, tasks)
+    method = run.merging.identity(searched=bool(run.study.density))
+    best = run_study(directory, names, evaluate, run.study, pool.fingerprint, tasks, method)
     cost.update(spent)
   return best
 
 
 def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'optimer') -> Path:
-  """Writes RUN/merged/NAME with the weights given, or those that the study chose."""
-  path = run.path / 'merged' / name
+  """Writes RUN/merged/NAME with the weights given, or those that the study chose.
+
+  Leaves are merged one after another, large ones by rows: neither base nor vectors need fit into
+  memory.
+  """
+  path, merging = run.path / 'merged' / name, run.merging
   if weights is None:
-    weights = read_json(run.path / 'studies' / run.study.name / 'best.json')['weights']
-  if set(weights) != set(run.names):
-    raise UserError(f'give one weight for each of {", ".join(run.names)}, not {dict(weights)}')
+    best = read_json(run.path / 'studies' / run.study.name / 'best.json')
+    weights, merging = best['weights'], merging.at(best['numbers'])
+  paths = run.vector_paths
+  if set(weights) != set(paths):
+    raise UserError(f'give one weight for each of {", ".join(paths)}, not {dict(weights)}')
   vectors = _vector_fingerprints(run)
+  facts = {
+    'weights': dict(weights),
+    'vectors': vectors,
+    'merging': dataclasses.asdict(merging),
+  }
   if (path / 'manifest.json').exists():
-    old = store.read_manifest(path, 'merged')
-    if old.facts['weights'] == dict(weights) and old.facts['vectors'] == vectors:
+    old = store.read_manifest(path, 'merged').facts
+    if all(old.get(key) == value for key, value in facts.items()):
       return path
   with _stage(run, f'merge/{name}'):
-    pool = _pool(run)
-    params = _candidates(pool)(weights)
-    store.save(
-      path,
-      'merged',
-      pool.model.config,
-      to_leaves(pool.model.config, params),
-      parents={'base': pool.manifests['base'].fingerprint},
-      facts={
-        'weights': dict(weights),
-        'vectors': vectors,
-        'gin': run.gin,
-      },
+    pool = open_pool(run.path / 'base', paths)
+    plan = merging.kind, merging.numbers([weights[each] for each in pool.vectors])
+    base = pool.manifests['base']
+    rows = merge_streamed(
+      lambda leaf: plan,
+      pool.base,
+      [*pool.vectors.values()],
+      dtypes={leaf: entry['dtype'] for leaf, entry in base.leaves.items()},
+      splits={leaf: contracted_axes(leaf) for leaf in pool.base},
+      seed=merging.seed,
     )
+    parents = {'base': base.fingerprint}
+    store.save(path, 'merged', base.model, rows, parents=parents, facts={**facts, 'gin': run.gin})
   return path
 
 
@@ -295,6 +345,27 @@ def export(run: Run, name: str = 'optimer') -> Path:
   return out
 
 
+def export_lora(run: Run, rank: int, name: str = 'optimer', vector: str | None = None) -> dict:
+  """Writes what RUN/merged/NAME (or a vector) adds to the base as a LoRA adapter of a rank.
+
+  RUN/export/NAME-lora-RANK; returns what its reconstruction.json says of the error.
+  """
+  base = run.path / 'base'
+  manifest, root = store.open_leaves(base, 'base')
+  if vector is None:
+    merged_manifest, merged = store.open_leaves(run.path / 'merged' / name, 'merged')
+    check_parent(merged_manifest, manifest.fingerprint, run.path / 'merged' / name, base)
+    leaves = {leaf: difference(tensor, root[leaf]) for leaf, tensor in merged.items()}
+  elif vector in run.vector_paths:
+    leaves = open_pool(base, {vector: run.vector_paths[vector]}).vectors[vector]
+  else:
+    raise UserError(f'there is no vector {vector!r}: there are {", ".join(run.vector_paths)}')
+  out = run.path / 'export' / f'{vector or name}-lora-{rank}'
+  with _stage(run, f'export/{out.name}'):
+    facts = manifest.facts
+    return lora.export_lora(leaves, out, rank, facts['source'], facts['prefix'])
+
+
 def evaluate(run: Run) -> dict[str, dict]:
   """Scores base, CPT models, their average, OptiMer and its export on the test rows.
 
@@ -305,23 +376,28 @@ def evaluate(run: Run) -> dict[str, dict]:
   tokenizer = _tokenizer(run)
   rows = {d.name: _held_out(run, tokenizer, d, 'test') for d in run.datasets}
   best = read_json(run.path / 'studies' / run.study.name / 'best.json')
-  k = len(run.names)
-  candidates = {
-    'base': dict.fromkeys(run.names, 0.0),
-    **{f'cpt-{n}': {m: float(m == n) for m in run.names} for n in run.names},
-    'average': dict.fromkeys(run.names, 1 / k),
-    'optimer': best['weights'],
+  names = [*run.vector_paths]
+  points = {
+    'base': dict.fromkeys(names, 0.0),
+    **{f'cpt-{n}': {m: float(m == n) for m in names} for n in names},
+    'average': dict.fromkeys(names, 1 / len(names)),
   }
   identity = {
     'vectors': _vector_fingerprints(run),
     'rows': {n: r.digest for n, r in rows.items()},
     'export_dtype': run.export_dtype,
   }
-  candidate = functools.cache(lambda: _candidates(_pool(run)))  # read when it is first needed
-  for name, w in candidates.items():
+  pool = functools.cache(lambda: load_pool(run.path / 'base', run.vector_paths, _model(run)))
+  candidate = functools.cache(lambda: candidates(pool()))  # made when it is first needed
+  for name, w in points.items():
     _evaluate_once(run, rows, name, w, identity, lambda w=w: candidate()(w))
-  candidate.cache_clear()  # so that the pool and the export are not held together
-  _evaluate_once(run, rows, 'exported', best['weights'], identity, lambda: _exported(run))
+  candidate.cache_clear()
+  merging = run.merging.at(best['numbers'])
+  found = {**identity, 'merging': dataclasses.asdict(merging)}
+  chosen = best['weights']
+  _evaluate_once(run, rows, 'optimer', chosen, found, lambda: candidates(pool(), merging)(chosen))
+  pool.cache_clear()  # so that the pool and the export are not held together
+  _evaluate_once(run, rows, 'exported', chosen, found, lambda: _exported(run))
   results = {path.stem: read_json(path) for path in directory.glob('*.json')}
   scores = {
     name: {
@@ -333,7 +409,7 @@ def evaluate(run: Run) -> dict[str, dict]:
   }
   comparisons = [
     {'a': 'optimer', 'b': other, **bits_per_byte.compare(scores['optimer'], scores[other])}
-    for other in ('average', 'base', *(f'cpt-{n}' for n in run.names), 'exported')
+    for other in ('average', 'base', *(f'cpt-{n}' for n in names), 'exported')
   ]
   write_json(directory / 'comparisons.json', comparisons)
   return results
@@ -427,28 +503,8 @@ def _rows_cache(run: Run) -> Path:
 
 
 def _vector_fingerprints(run: Run) -> dict[str, str]:
-  paths = {name: run.path / 'vectors' / name for name in run.names}
+  paths = run.vector_paths
   return {name: store.read_manifest(path, 'vector').fingerprint for name, path in paths.items()}
-
-
-def _pool(run: Run) -> Pool:
-  vectors = {name: run.path / 'vectors' / name for name in run.names}
-  return load_pool(run.path / 'base', vectors, _model(run))
-
-
-def _candidates(pool: Pool) -> Callable[[Mapping[str, float]], dict]:
-  """A function from weights to parameters that reuses the last candidate's memory.
-
-  The parameters that it returned before are gone when it is called again.
-  """
-  held = [jax.tree.map(jnp.copy, pool.base)]
-
-  def candidate(weights: Mapping[str, float]) -> dict:
-    w = jnp.asarray([weights[name] for name in pool.names], jnp.float32)
-    held[0] = weighted_sum(held[0], pool.base, pool.vectors, w)
-    return held[0]
-
-  return candidate
 
 
 def _score_all(run: Run, params: dict, rows: Mapping[str, Rows]) -> dict[str, bits_per_byte.Score]:

@@ -1,22 +1,27 @@
 """Vectors, pools and the weighted sum."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimer_jax.checkpoints import leaves as leaves_on_disk
 from optimer_jax.checkpoints import store
-from optimer_jax.errors import UserError
-from optimer_jax.gemma3 import Model, init_leaves, to_leaves
-from optimer_jax.merging.weighted_sum import weighted_sum
+from optimer_jax.checkpoints.names import contracted_axes
+from optimer_jax.checkpoints.quantized import Quantized
+from optimer_jax.errors import UsageError, UserError
+from optimer_jax.gemma3 import SIZES, Model, from_leaves, init_leaves, to_leaves
+from optimer_jax.merging import methods
+from optimer_jax.merging.candidates import MergeConfig, candidates
+from optimer_jax.merging.streamed import merge_streamed
+from optimer_jax.merging.weighted_sum import Groups, weighted_sum
 from optimer_jax.vectors.extract import extract
-from optimer_jax.vectors.geometry import geometry
-from optimer_jax.vectors.pool import load_pool
+from optimer_jax.vectors.pool import load_pool, open_pool
 
 NAMES = ('ja', 'zh', 'code')
 
@@ -104,53 +109,184 @@ def test_buffer_is_reused_and_weights_do_not_recompile(run, small):
   assert weighted_sum._cache_size() == size
 
 
-def test_bfloat16_vectors_record_their_rounding(run, small, tmp_path):
-  manifest = extract(run / 'base', run / 'cpt' / 'ja', tmp_path / 'v', 'ja', 'bfloat16')
-  _, rounded = store.load(tmp_path / 'v')
-  _, exact = store.load(run / 'vectors' / 'ja')
-  assert rounded['final_norm.scale'].dtype == ml_dtypes.bfloat16
-  error = sum(np.sum((rounded[n].astype(np.float64) - v) ** 2) for n, v in exact.items())
-  norm = sum(np.sum(v.astype(np.float64) ** 2) for v in exact.values())
-  assert manifest.facts['rounding_error'] == pytest.approx((error / norm) ** 0.5, rel=1e-4)
-  assert 1e-4 < manifest.facts['rounding_error'] < 2**-8
+def test_a_base_of_minus_zeros_is_not_changed_by_zero_weights():
+  base = {'a': jnp.asarray([-0.0, 0.0, 1.5, -2.0])}
+  vectors = ({'a': jnp.asarray([1.0, -1.0, 2.0, 0.0])},) * 2
+  out = weighted_sum({'a': jnp.ones(4)}, base, vectors, jnp.zeros(2))
+  np.testing.assert_array_equal(np.signbit(out['a']), np.signbit(base['a']))
+  np.testing.assert_array_equal(out['a'], base['a'])
 
 
-def test_geometry_is_plain_linear_algebra(run):
-  _, base = store.load(run / 'base')
-  vectors = {name: store.load(run / 'vectors' / name)[1] for name in NAMES}
-  found = geometry(base, vectors)
-  flat = np.stack(
-    [np.concatenate([v.reshape(-1) for v in vectors[n].values()]) for n in NAMES]
-  ).astype(np.float64)
-  norms = np.linalg.norm(flat, axis=1)
-  np.testing.assert_allclose(list(found['norm'].values()), norms, rtol=1e-5)
-  np.testing.assert_allclose(
-    found['cosine'], flat @ flat.T / np.outer(norms, norms), rtol=0, atol=1e-5
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize(
+  ('groups', 'names'),
+  [
+    (Groups(), ['all']),
+    (Groups(blocks=3), ['embedding', 'block 2', 'block 0', 'block 1']),
+    (
+      Groups(modules=True),
+      ['embedding', 'norms', *(f'{x}_proj' for x in ('down', 'gate', 'up', 'k', 'o', 'q', 'v'))],
+    ),
+  ],
+)
+def test_weights_of_groups(scan, groups, names):
+  """Against plain sums leaf by leaf, in both layouts of the parameters; one program for all w."""
+  config = dataclasses.replace(SIZES['tiny'], vocab_size=64)  # 8 layers: a period and two
+  model = Model(config, scan=scan)
+  assert sorted(groups.names(config)) == sorted(names)
+  base, *vectors = (init_leaves(config, seed) for seed in range(3))
+  trees = [jax.tree.map(jnp.asarray, from_leaves(model, x)) for x in (base, *vectors)]
+  rng = np.random.default_rng(0)
+  index = groups.index(model)
+  before = weighted_sum._cache_size()
+  for _ in range(2):
+    w = rng.standard_normal((len(names), 2)).astype(np.float32)
+    out = weighted_sum(jax.tree.map(jnp.copy, trees[0]), trees[0], trees[1:], jnp.asarray(w), index)
+    for name, leaf in to_leaves(config, out).items():
+      u, v = w[groups.names(config).index(groups.of(name, 8))]
+      expected = base[name] + (u * vectors[0][name] + v * vectors[1][name])
+      np.testing.assert_array_equal(leaf, expected, err_msg=name)
+  assert weighted_sum._cache_size() == before + 1
+
+
+def test_blocks_of_layers_are_even():
+  blocks = [Groups(blocks=3).of(f'layers.{i}.mlp.up_proj', 8) for i in range(8)]
+  assert blocks == ['block 0'] * 3 + ['block 1'] * 3 + ['block 2'] * 2
+  both = Groups(modules=True, blocks=2)
+  assert both.of('layers.7.attn.q_proj', 8) == 'block 1 q_proj'
+  assert both.of('final_norm.scale', 8) == 'block 1 norms'
+  assert both.of('embedder.embedding', 8) == 'embedding'
+  for wrong in (0, 9):
+    with pytest.raises(UsageError, match='8 layers cannot be divided'):
+      Groups(blocks=wrong).of('layers.0.mlp.up_proj', 8)
+
+
+def test_sixteen_quantized_vectors():
+  rng = np.random.default_rng(0)
+  base = {'a': jnp.asarray(rng.standard_normal((6, 10)), jnp.float32)}
+  vectors = tuple(
+    {
+      'a': Quantized(
+        jnp.asarray(rng.integers(-127, 128, (6, 10)), jnp.int8),
+        jnp.asarray(rng.random((1, 10)), jnp.float32),
+      )
+    }
+    for _ in range(16)
   )
-  for i, name in enumerate(NAMES):
-    squares = sum(x**2 for x in found['by_module'][name].values())
-    assert squares == pytest.approx(norms[i] ** 2, rel=1e-5)
-    assert len(found['by_layer'][name]) == 2
+  w = rng.standard_normal(16).astype(np.float32)
+  out = weighted_sum(jax.tree.map(jnp.copy, base), base, vectors, jnp.asarray(w))
+  expected = np.asarray(base['a'], np.float64)
+  for weight, vector in zip(w, vectors, strict=True):
+    x = vector['a']
+    expected = expected + weight * np.asarray(x.values, np.float64) * np.asarray(x.scale)
+  np.testing.assert_allclose(out['a'], expected, rtol=0, atol=1e-3)
 
 
-def test_foreign_and_damaged_vectors_are_refused(run, small, tmp_path):
-  other = store.save(tmp_path / 'other', 'base', small, init_leaves(small, 7))
-  with pytest.raises(UserError, match=r'vectors/ja was made from the base .* but .*other is'):
-    load_pool(tmp_path / 'other', {'ja': run / 'vectors' / 'ja'}, Model(small))
-  with pytest.raises(UserError, match='has another architecture'):
-    wider = dataclasses.replace(small, vocab_size=400)
-    load_pool(run / 'base', {'ja': run / 'vectors' / 'ja'}, Model(wider))
-  with pytest.raises(UserError, match='is a cpt, but a vector is needed'):
-    load_pool(run / 'base', {'ja': run / 'cpt' / 'ja'}, Model(small))
-  leaves = init_leaves(small, 3)
-  leaves['layers.1.mlp.up_proj'][3, 4] = np.inf
-  parents = {'base': store.read_manifest(run / 'base').fingerprint}
-  store.save(tmp_path / 'bad', 'cpt', small, leaves, parents=parents)
-  with pytest.raises(UserError, match=r'layers\.1\.mlp\.up_proj has values that are not finite'):
-    extract(run / 'base', tmp_path / 'bad', tmp_path / 'v', 'bad')
-  with pytest.raises(UserError, match="float32 or bfloat16, not 'int3'"):
-    extract(run / 'base', run / 'cpt' / 'ja', tmp_path / 'v', 'ja', 'int3')
-  with pytest.raises(UserError, match='was made from the base'):
-    extract(tmp_path / 'other', run / 'cpt' / 'ja', tmp_path / 'v', 'ja')
-  assert not (tmp_path / 'v').exists()
-  assert other.fingerprint != parents['base']
+# Candidates of the search, and the same merge from files.
+
+CONFIGS = {
+  'weighted sum': MergeConfig(),
+  'task_arithmetic': MergeConfig('task_arithmetic', scale=0.9),
+  'ties': MergeConfig('ties', density=0.3),
+  'ties, global': MergeConfig('ties', density=0.3, scope='global'),
+  'dare_ties': MergeConfig('dare_ties', density=0.5, seed=3),
+  'della': MergeConfig('della', density=0.5),
+  'breadcrumbs': MergeConfig('breadcrumbs', density=0.8),
+  'sce': MergeConfig('sce', density=0.4),
+  'model_stock': MergeConfig('model_stock'),
+  'linear': MergeConfig('linear'),
+  'multislerp': MergeConfig('multislerp'),
+}
+POINT = {'ja': 0.2, 'zh': 0.5, 'code': 0.4}
+
+
+@pytest.mark.parametrize(
+  ('how', 'scan'), [*((how, False) for how in CONFIGS), ('weighted sum', True), ('ties', True)]
+)
+def test_a_merge_from_files_is_the_candidate_bit_for_bit(run, small, monkeypatch, how, scan):
+  config = CONFIGS[how]
+  found = candidates(load_pool(run / 'base', paths(run), Model(small, scan=scan)), config)(POINT)
+  monkeypatch.setattr(leaves_on_disk, 'BLOCK', 200)  # several blocks of rows for every matrix
+  streamed = merged_from_files(run, config)
+  for name, leaf in to_leaves(small, found).items():
+    np.testing.assert_array_equal(streamed[name], leaf, err_msg=name)
+  base = store.load(run / 'base')[1]
+  assert any((streamed[name] != leaf).any() for name, leaf in base.items())
+
+
+def paths(run):
+  return {name: run / 'vectors' / name for name in NAMES}
+
+
+def merged_from_files(run, config, vectors=None):
+  opened = open_pool(run / 'base', vectors or paths(run))
+  plan = config.kind, config.numbers([POINT[name] for name in opened.vectors])
+  blocks = {}
+  for leaf, rows in merge_streamed(
+    lambda leaf: plan,
+    opened.base,
+    [*opened.vectors.values()],
+    dtypes=dict.fromkeys(opened.base, 'float32'),
+    splits={leaf: contracted_axes(leaf) for leaf in opened.base},
+    seed=config.seed,
+  ):
+    blocks.setdefault(leaf, []).append(rows)
+  return {leaf: np.concatenate(rows) for leaf, rows in blocks.items()}
+
+
+def test_a_density_of_the_search_goes_before_the_configured_one(run, small):
+  p = pool(run, small)
+  point = {**POINT, 'density': 0.2}
+  found = candidates(p, MergeConfig('ties', density=0.9))(point)
+  expected = candidates(p, MergeConfig('ties', density=0.2))(POINT)
+  other = candidates(p, MergeConfig('ties', density=0.9))(POINT)
+  same = [
+    np.array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+  ]
+  assert all(same)
+  assert not np.array_equal(jax.tree.leaves(found)[0], jax.tree.leaves(other)[0])
+
+
+def test_candidates_of_a_method_compile_once_for_a_shape(run, small):
+  candidate = candidates(pool(run, small), MergeConfig('ties', density=0.5))
+  candidate({**POINT, 'density': 0.5})
+  programs = [f for f in vars(methods).values() if hasattr(f, '_cache_size')]
+  before = [program._cache_size() for program in programs]
+  candidate({'ja': 0.9, 'zh': 0.1, 'code': -0.3, 'density': 0.25})
+  assert before == [program._cache_size() for program in programs] and len(programs) > 3
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])
+def test_the_search_runs_from_the_compressed_form(run, small, tmp_path, dtype):
+  vectors = {}
+  for name in NAMES:
+    vectors[name] = tmp_path / name
+    extract(run / 'base', run / 'cpt' / name, vectors[name], name, dtype)
+  found = candidates(load_pool(run / 'base', vectors, Model(small)))(POINT)
+  streamed = merged_from_files(run, MergeConfig(), vectors)
+  for name, leaf in to_leaves(small, found).items():
+    np.testing.assert_array_equal(streamed[name], leaf, err_msg=name)
+
+
+def test_methods_that_no_weights_turn_into_the_base_are_not_searched():
+  for method in ('linear', 'model_stock', 'multislerp', 'sce', 'slerp'):
+    with pytest.raises(UsageError, match=f'{method} cannot be searched'):
+      MergeConfig(method).check_searchable(4)
+  with pytest.raises(UsageError, match="no merge method 'tise': did you mean 'ties'"):
+    MergeConfig('tise').check_searchable(4)
+  with pytest.raises(UserError, match=r'density 1.5, .* is not between 0 and 1'):
+    MergeConfig('ties', density=1.5).check_searchable(4)
+
+
+@pytest.mark.parametrize('how', ['weighted sum', 'ties', 'multislerp'])
+def test_a_damaged_leaf_stops_a_merge_from_files(run, tmp_path, how):
+  shutil.copytree(run, tmp_path / 'run')
+  path = tmp_path / 'run' / 'vectors' / 'zh'
+  leaves = store.load(path)[1]
+  leaves['layers.0.attn.k_proj'] = leaves['layers.0.attn.k_proj'] * np.float32(1 + 1e-6)
+  store.save(tmp_path / 'near', 'vector', store.read_manifest(path).model, leaves)
+  shutil.rmtree(path / 'leaves')
+  shutil.copytree(tmp_path / 'near' / 'leaves', path / 'leaves')
+  with pytest.raises(UserError, match=r'zh: the values of layers\.0\.attn\.k_proj are damaged'):
+    merged_from_files(tmp_path / 'run', CONFIGS[how])

@@ -12,14 +12,16 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from fake_vectors import write_vectors
 
 from optimer_jax.errors import UserError
 from optimer_jax.evaluation.bits_per_byte import Score, compare
 from optimer_jax.files import append_jsonl, read_json, read_jsonl, write_json, write_text
+from optimer_jax.report.blocks import Text
 from optimer_jax.report.outcome import outcome
 from optimer_jax.report.page import render, write_report
 from optimer_jax.report.read import fault, mean, paired, read_run, stages
-from optimer_jax.report.sections import Text, build
+from optimer_jax.report.sections import build
 from optimer_jax.report.style import DARK, LIGHT
 
 DATASETS = ('code', 'ja', 'math', 'zh')
@@ -86,25 +88,7 @@ def fake_run(
       if step % 12 == 0 or step == 1:
         dev = level[i] * (1 - 0.06 * (1 - math.exp(-step / 18)))
         _line(run / 'cpt' / name / 'metrics.jsonl', {'step': step, 'dev_bits_per_byte': dev})
-  cosine = np.eye(size) + (1 - np.eye(size)) * rng.uniform(-0.01, 0.11, (size, size))
-  modules = 'embedding q_proj k_proj v_proj o_proj gate_proj up_proj down_proj norms'.split()
-  write_json(
-    run / 'vectors' / 'geometry.json',
-    {
-      'datasets': list(datasets),
-      'norm': named(rng.uniform(2, 4, size)),
-      'relative_norm': named(rng.uniform(2e-3, 4e-3, size)),
-      'cosine': ((cosine + cosine.T) / 2).tolist(),
-      'by_layer': {
-        name: (0.5 + 0.2 * np.sin(np.arange(18) / 4 + i) + rng.normal(0, 0.03, 18)).tolist()
-        for i, name in enumerate(datasets)
-      },
-      'by_module': {
-        name: dict(zip(modules, rng.uniform(0.2, 1.4, 9).tolist(), strict=True))
-        for name in datasets
-      },
-    },
-  )
+  write_vectors(run / 'vectors', datasets, np.random.default_rng(seed + 3))
 
   dev = sample(32, np.random.default_rng(seed + 1))
   rows = []
@@ -434,7 +418,10 @@ def test_nothing_yet_and_not_a_run(tmp_path):
   assert [file.name for file in page.parent.glob('*.png')] == ['costs.png']
 
 
-@pytest.mark.parametrize('name', [name for name in FILES if name.endswith('.json')])
+JSONS = [name for name in FILES if name.endswith('.json')]
+
+
+@pytest.mark.parametrize('name', [*JSONS, 'vectors/trajectory.json'])
 def test_damaged_json_is_named(copy, name):
   file = copy / name
   for damage in (
@@ -466,9 +453,10 @@ def test_damaged_lines_are_counted(copy):
 
 def test_random_damage_never_stops_the_report(copy):
   rng = np.random.default_rng(7)
-  whole = {name: (copy / name).read_bytes() for name in FILES}
+  names = [*FILES, 'vectors/trajectory.json']
+  whole = {name: (copy / name).read_bytes() for name in names}
   for _ in range(8):
-    name = list(FILES)[rng.integers(len(FILES))]
+    name = names[rng.integers(len(names))]
     data = bytearray(whole[name])
     for place in rng.integers(0, len(data), rng.integers(1, 30)):
       data[place] = rng.choice(list(b'0123456789{}[]":,.eE-an \n'))
@@ -476,6 +464,27 @@ def test_random_damage_never_stops_the_report(copy):
     run = read_run(copy)
     assert outcome(run) and len(build(run)) == len(SECTIONS)
     (copy / name).write_bytes(whole[name])
+
+
+def test_vectors_are_the_artifacts(full, tree):
+  geometry = read_json(full / 'vectors' / 'geometry.json')
+  ways = read_json(full / 'vectors' / 'trajectory.json')
+  norms, ranks = rows(tree, 'Norm of each'), rows(tree, 'Effective rank')
+  straight = rows(tree, 'Straightness is')
+  for name in DATASETS:
+    assert norms[name][2:] == [
+      shown(100 * geometry[key][name], 1) for key in ('embedding_share', 'embedding_rows_touched')
+    ]
+    assert ranks[name] == [
+      f'{shown(r["effective"], 1)} of {r["bound"]:,} | stable {shown(r["stable"], 1)}'
+      for r in geometry['effective_rank'][name].values()
+    ]
+    lowest = (min(ways[name][key]) for key in ('final_cosine', 'step_cosine'))
+    assert straight[name] == ['6', *(shown(v, 3) for v in (ways[name]['straightness'], *lowest))]
+  text = ''.join(tree.itertext())
+  assert 'all agree on 21.0%' in text and '74.0% has the sign of the sum' in text
+  pairs = [v for i, row in enumerate(geometry['sign_agreement']) for v in row[i + 1 :]]
+  assert f'from {shown(min(pairs), 3)} (' in text and f'to {shown(max(pairs), 3)} (' in text
 
 
 def test_one_and_many_datasets(tmp_path):

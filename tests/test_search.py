@@ -18,6 +18,7 @@ from optimer_jax.search import objectives, study
 from optimer_jax.search.vizier import VizierSampler, surrogate_optimum
 
 NAMES = ['ja', 'zh', 'math', 'code']
+SPACE = dict.fromkeys(NAMES, (0.0, 1.0))
 OPTIMUM = np.array([0.2, 0.35, 0.45, 0.6])
 FLOOR = 2.0
 
@@ -252,7 +253,7 @@ def test_a_candidate_that_is_not_a_number_is_infeasible(tmp_path):
   assert 'NaN' not in (tmp_path / 'trials.jsonl').read_text()
   assert best['weights'] in (rows[0]['weights'], rows[3]['weights'], rows[4]['weights'])
   observed = [(row['weights'], row['objective']) for row in rows]
-  sampler = VizierSampler(tmp_path / 'study.db', NAMES, 0.0, 1.0, 0, observed)
+  sampler = VizierSampler(tmp_path / 'study.db', SPACE, 0, observed)
   assert [trial.infeasible for trial in sampler._trials()] == [False, True, True, False, False]
 
 
@@ -270,7 +271,7 @@ def test_a_pool_that_scores_nothing_finite_stops_at_once(tmp_path):
 
 def test_the_surrogate_of_one_finite_score_is_that_score():
   observed = [(dict.fromkeys(NAMES, 0.25), 1.7), (dict.fromkeys(NAMES, 0.0), None)]
-  weights, predicted = surrogate_optimum(NAMES, 0.0, 1.0, 0, observed)
+  weights, predicted = surrogate_optimum(SPACE, 0, observed)
   assert (weights, predicted) == (dict.fromkeys(NAMES, 0.25), 1.7)
 
 
@@ -285,7 +286,7 @@ def test_suggestions_neither_touch_nor_recompile_the_model(tmp_path):
   x = jnp.arange(6.0).reshape(2, 3)
   expected = np.asarray(model(x))
   observed = [(dict.fromkeys(NAMES, v), surface(dict.fromkeys(NAMES, v))) for v in (0.25, 0.0)]
-  sampler = VizierSampler(tmp_path / 'study.db', NAMES, 0.0, 1.0, 3, observed)
+  sampler = VizierSampler(tmp_path / 'study.db', SPACE, 3, observed)
   compiled = []
   listen = lambda event, seconds, **_: 'backend_compile' in event and compiled.append(seconds)
   jax.monitoring.register_event_duration_secs_listener(listen)
@@ -302,3 +303,25 @@ def test_suggestions_neither_touch_nor_recompile_the_model(tmp_path):
     assert not compiled and traces == [jnp.float32]
   # What is left to compile for a new number of trials are single operations.
   assert len(suggestion_compiles) <= 8
+
+
+def test_the_density_is_searched_beside_the_weights(tmp_path):
+  asked = []
+
+  def evaluate_sparse(point):
+    asked.append(point)
+    found = evaluate({name: point[name] for name in NAMES})
+    found['scores']['reading']['value'] += 4 * (point['density'] - 0.4) ** 2
+    return found
+
+  best = run(tmp_path, evaluate_sparse, density=(0.1, 0.9))
+  rows = ledger(tmp_path)
+  assert [{**row['weights'], **row['numbers']} for row in rows] == asked
+  assert [row['numbers']['density'] for row in rows[:2]] == [0.9, 0.9]
+  assert all(0.1 <= row['numbers']['density'] <= 0.9 for row in rows)
+  assert best['numbers'] == {'density': asked[-1]['density']} != {'density': 0.9}
+  assert run(tmp_path, refuse, density=(0.1, 0.9)) == best
+  with pytest.raises(UserError, match='density'):
+    run(tmp_path, refuse, density=(0.1, 0.8))
+  with pytest.raises(UsageError, match='0 < lower < upper <= 1'):
+    run(tmp_path / 'other', refuse, density=(0.0, 0.8))

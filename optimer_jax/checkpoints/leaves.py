@@ -69,9 +69,7 @@ def write_leaves(
   with orbax_context():
     ocp.save(path.absolute(), {name: np.zeros(1, np.int8) for name in shapes})
   entries, hashes, written = {}, {}, dict.fromkeys(shapes, 0)
-  transaction, waiting = ts.Transaction(), 0
-  # Rows are hashed while TensorStore takes its copy; one thread keeps their order.
-  with concurrent.futures.ThreadPoolExecutor(1) as hashing:
+  with _Commits() as commits, concurrent.futures.ThreadPoolExecutor(1) as hashing:
     for name, block in rows:
       block = np.ascontiguousarray(block)
       shape, start = shapes[name], written[name]
@@ -82,16 +80,13 @@ def write_leaves(
         hashes[name] = hashlib.blake2b(digest_size=16)
       if block.shape[1:] != shape[1:] or block.dtype.name != entries[name]['dtype']:
         raise ValueError(f'{name}: {block.dtype} {block.shape} does not continue {entries[name]}')
+      # Rows are hashed while TensorStore takes its copy; one thread keeps their order.
       hashed = hashing.submit(hashes[name].update, block.reshape(-1).view(np.uint8))
       written[name] = stop = start + len(block)
-      array = _open(path, name, transaction, shape, block.dtype.name if start == 0 else None)
+      new_dtype = block.dtype.name if start == 0 else None
+      array = _open(path, name, commits.transaction(block.nbytes), shape, new_dtype)
       array[start:stop].write(block).result()
       hashed.result()
-      waiting += block.nbytes
-      if waiting >= _COMMIT:
-        transaction.commit_async().result()
-        transaction, waiting = ts.Transaction(), 0
-    transaction.commit_async().result()
   for name, shape in shapes.items():
     if written[name] != shape[0]:
       raise ValueError(f'{name}: {written[name]} rows of {shape[0]} were written')
@@ -99,11 +94,34 @@ def write_leaves(
   return {name: entries[name] for name in shapes}
 
 
+class _Commits:
+  """Commits what was written every `_COMMIT` bytes, and the rest when the block is left.
+
+  Also when it is left by an error: TensorStore breaks down when a transaction is dropped with
+  writes in it. What was written is deleted with the unfinished artifact.
+  """
+
+  def __enter__(self) -> '_Commits':
+    self._open, self._waiting = ts.Transaction(), 0
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._open.commit_async().result()
+
+  def transaction(self, size: int) -> ts.Transaction:
+    """The transaction to write `size` bytes in."""
+    if self._waiting >= _COMMIT:
+      self._open.commit_async().result()
+      self._open, self._waiting = ts.Transaction(), 0
+    self._waiting += size
+    return self._open
+
+
 def open_leaves(path: Path, entries: Mapping[str, Mapping], artifact: Path) -> dict[str, Tensor]:
   """Opens a checkpoint; its values are read when they are asked for.
 
   A leaf that is read from its first row to its last, at once or block by block, is checked
-  against its digest when the last row is read.
+  against its digest when the last row is read. (Rows that are looked at out of turn do not count.)
 
   Args:
     path: the checkpoint's directory.
@@ -126,9 +144,9 @@ def open_leaves(path: Path, entries: Mapping[str, Mapping], artifact: Path) -> d
         raise UserError(
           f'{artifact}/leaves: {name} cannot be read ({reason}): write the artifact again'
         ) from error
-      if start == seen < stop:
+      if start <= seen < stop:
+        hashed.update(rows[seen - start :].reshape(-1).view(np.uint8))
         seen = stop
-        hashed.update(rows.reshape(-1).view(np.uint8))
         if seen == shape[0] and hashed.hexdigest() != expected:
           raise UserError(f'{artifact}: the values of {name} are damaged; write the artifact again')
       return rows
@@ -156,6 +174,8 @@ def _open(
   """The array of a leaf; with `new_dtype`, made anew in the place of the frame's."""
   base = f'file://{(path / "state").absolute()}/'
   spec = {'driver': 'zarr3', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}}
+  if transaction:
+    spec['store_data_equal_to_fill_value'] = True  # Orbax takes chunks left out for lost ones
   if new_dtype:
     chunk = [min(_rows(shape), shape[0]), *shape[1:]]
     spec['metadata'] = {

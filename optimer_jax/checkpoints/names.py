@@ -72,13 +72,17 @@ def external_name(leaf: str, column: int) -> str:
   return _LAYER[rest][1].format(layer) + '.weight'
 
 
+def contracted_axes(leaf: str) -> int:
+  """How many leading axes of a leaf are those that others store last, as in [out, in]."""
+  if leaf.endswith('o_proj'):  # N H D
+    return 2
+  return 1 if leaf.endswith('_proj') else 0  # D N H, D K H, D F, F D; V D; D
+
+
 def torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """The [out, in] shape in which others store a leaf of `shape`."""
-  if leaf.endswith('o_proj'):  # N H D
-    return shape[2], shape[0] * shape[1]
-  if leaf.endswith('_proj'):  # D N H, D K H, D F, F D
-    return math.prod(shape[1:]), shape[0]
-  return shape
+  split = contracted_axes(leaf)
+  return (math.prod(shape[split:]), math.prod(shape[:split])) if split else shape
 
 
 def from_torch(leaf: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -22,6 +22,7 @@ from optimer_jax import __version__
 from optimer_jax.checkpoints.leaves import open_leaves as open_rows
 from optimer_jax.checkpoints.leaves import write_leaves
 from optimer_jax.checkpoints.names import Tensor
+from optimer_jax.checkpoints.quantized import SCALE, scale_shape
 from optimer_jax.errors import UserError
 from optimer_jax.files import atomic_directory, read_json, write_json
 from optimer_jax.gemma3.config import Gemma3Config
@@ -173,7 +174,7 @@ def open_leaves(
   """
   path = Path(path)
   manifest = read_manifest(path, kind)
-  expected = leaf_shapes(manifest.model)
+  expected = _stored_shapes(manifest)
   for name, shape in expected.items():
     if name not in manifest.leaves:
       raise UserError(f'{path} has no leaf {name}: write the artifact again')
@@ -184,6 +185,14 @@ def open_leaves(
       raise UserError(f'{path} has a leaf {name} that its model lacks: write the artifact again')
   entries = {name: manifest.leaves[name] for name in expected}
   return manifest, open_rows(path / 'leaves', entries, path)
+
+
+def _stored_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+  shapes = leaf_shapes(manifest.model)
+  for name, shape in [*shapes.items()]:
+    if manifest.leaves.get(name, {}).get('dtype') == 'int8':
+      shapes[name + SCALE] = scale_shape(name, shape)
+  return shapes
 
 
 def load(

@@ -8,6 +8,7 @@ import glob
 import json
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -45,9 +46,7 @@ class Jsonl:
           raise UserError(f'{where} is not JSON ({error}): write one JSON object a line') from None
         if not isinstance(row, dict):
           raise UserError(f'{where} is not a JSON object: write one a line, {{"{self.text}": "…"}}')
-        if self.text not in row:
-          raise UserError(f'{where} has no key "{self.text}"{_nearest(self.text, row)}')
-        text = _text(row[self.text], f'{where}, key "{self.text}",')
+        text = _field(row, self.text, where)
         if text:
           found = True
           yield Document(text, _printable(str(row.get('source', where))))
@@ -65,9 +64,7 @@ class TextFiles:
     return str(self.pattern)
 
   def documents(self) -> Iterator[Document]:
-    paths = sorted(path for path in glob.glob(str(self.pattern), recursive=True) if _is_file(path))
-    if not paths:
-      raise UserError(f'no file matches {self.pattern}: check the path')
+    paths = _matching(self.pattern)
     found = False
     for path in paths:
       with _open(path) as file:
@@ -117,6 +114,49 @@ class Parquet:
       ) from None
     if not found:
       raise UserError(f'{self.path} holds no text: its column "{self.column}" is empty')
+
+
+@dataclass(frozen=True)
+class ArrayRecord:
+  """The records of the ArrayRecord files that match the glob `pattern`, in the files' sorted order.
+
+  A record is a JSON object in UTF-8 with its text under the key `text` (a key "source" says where
+  it is from), or, with text = None, plain UTF-8 text. Serialized tf.train.Example protos, as
+  TensorFlow Datasets writes them, are neither and are refused.
+  """
+
+  pattern: str
+  text: str | None = 'text'
+
+  def __str__(self) -> str:
+    return str(self.pattern)
+
+  def documents(self) -> Iterator[Document]:
+    paths = _matching(self.pattern)
+    found = False
+    for path in paths:
+      for number, record in enumerate(_records(path)):
+        where = f'{path}, record {number}'
+        document = self._document(record, where, f'{path}:{number}')
+        if document.text:
+          found = True
+          yield document
+    if not found:
+      raise UserError(f'{self.pattern} holds no text: its {len(paths)} files are empty')
+
+  def _document(self, record: bytes, where: str, source: str) -> Document:
+    if self.text is None:
+      text = _decode(record, where)
+      return Document(text if text.strip() else '', _printable(source))
+    try:
+      row = json.loads(_decode(record, where))
+    except ValueError as error:
+      raise UserError(
+        f'{where} is not JSON ({error}): for records of plain text set text = None'
+      ) from None
+    if not isinstance(row, dict):
+      raise UserError(f'{where} is not a JSON object: write {{"{self.text}": "…"}}')
+    return Document(_field(row, self.text, where), _printable(str(row.get('source', source))))
 
 
 @dataclass(frozen=True)
@@ -214,8 +254,11 @@ def _printable(name: str) -> str:
   return name.encode('utf-8', 'replace').decode()
 
 
-def _is_file(path: str) -> bool:
-  return Path(path).is_file()
+def _matching(pattern: str) -> list[str]:
+  paths = sorted(path for path in glob.glob(str(pattern), recursive=True) if Path(path).is_file())
+  if not paths:
+    raise UserError(f'no file matches {pattern}: check the path')
+  return paths
 
 
 def _open(path: str):
@@ -225,6 +268,21 @@ def _open(path: str):
     raise UserError(f'{path} is missing: check the path') from None
   except OSError as error:
     raise UserError(f'{path} cannot be read ({error.strerror}): check the path') from None
+
+
+def _records(path: str) -> Iterator[bytes]:
+  """The records of an ArrayRecord file one by one, without read-ahead threads and their buffers."""
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  _open(path).close()
+  try:
+    # A reader of a file cut off between blocks has no records, and says why only on closing.
+    with closing(ArrayRecordReader(path, 'readahead_buffer_size:0,max_parallelism:0')) as reader:
+      for _ in range(reader.num_records()):
+        yield reader.read()
+  except (RuntimeError, IndexError) as error:
+    reason = str(error).split(';')[0] or 'it ends early'
+    raise UserError(f'{path} is not a whole ArrayRecord file ({reason}): copy it again') from None
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -237,6 +295,12 @@ def _decode(content: bytes, where: str) -> str:
     raise UserError(
       f'{where}{line} is not UTF-8 (byte 0x{content[error.start]:02x}): convert the file first'
     ) from None
+
+
+def _field(row: dict, key: str, where: str) -> str:
+  if key not in row:
+    raise UserError(f'{where} has no key "{key}"{_nearest(key, row)}')
+  return _text(row[key], f'{where}, key "{key}",')
 
 
 def _text(value: object, where: str) -> str:

@@ -6,9 +6,10 @@ from pathlib import Path
 import jinja2
 
 from optimer_jax.files import atomic_directory
+from optimer_jax.report.blocks import Picture, Section
 from optimer_jax.report.outcome import outcome
 from optimer_jax.report.read import Run, read_run
-from optimer_jax.report.sections import Picture, Section, build
+from optimer_jax.report.sections import build
 from optimer_jax.report.style import DARK, LIGHT, png, svg
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from optimer_jax.report.style import FAINT, INK, LIGHT, MUTED, PAPER, STEPS, WIDTH, Look, styled
@@ -363,72 +362,6 @@ def gap(models: list[Gap], look: dict[str, Look]) -> Figure:
 
 
 @styled
-def cosine(names: list[str], matrix: list[list[float]]) -> Figure:
-  """The cosine of each pair of distribution vectors; colour to the largest pair, at least .1."""
-  size = len(names)
-  side = min(0.62 * size + 1.1, WIDTH)
-  figure = Figure(figsize=(side, side * 0.86))
-  panel = figure.subplots()
-  pairs = [abs(matrix[i][j]) for i in range(size) for j in range(size) if i != j]
-  top = max([*pairs, 0.1])
-  for i in range(size):
-    for j in range(size):
-      value = matrix[i][j]
-      panel.add_patch(
-        Rectangle(
-          (j - 0.48, i - 0.48),
-          0.96,
-          0.96,
-          facecolor=FAINT if i == j else LIGHT['d0' if value >= 0 else 'd1'],
-          alpha=0.5 if i == j else 0.06 + 0.5 * abs(value) / top,
-          linewidth=0,
-        )
-      )
-      text = '1' if i == j else f'{value:.3f}'.replace('0.', '.', 1).replace('-', '−')
-      panel.text(j, i, text, ha='center', va='center', fontsize=8.5 if size < 12 else 6)
-  panel.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), aspect='equal')
-  panel.set_xticks(range(size), names)
-  panel.set_yticks(range(size), names)
-  panel.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-  for spine in panel.spines.values():
-    spine.set_visible(False)
-  return figure
-
-
-@styled
-def norms(
-  by_layer: dict[str, list[float]],
-  by_module: dict[str, dict[str, float]],
-  look: dict[str, Look],
-) -> Figure:
-  """The vectors' norms per layer (left) and per module (right), both from zero."""
-  modules = list(dict.fromkeys(name for row in by_module.values() for name in row))
-  figure = Figure(figsize=(WIDTH, max(2.9, 0.24 * len(modules) + 0.9)))
-  left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-  for name, values in by_layer.items():
-    left.plot(range(len(values)), values, markersize=3.6, **look[name].kwargs())
-  for i, (name, row) in enumerate(by_module.items()):
-    shift = (i - (len(by_module) - 1) / 2) * min(0.13, 0.7 / len(by_module))
-    own = [(row[module], y + shift) for y, module in enumerate(modules) if module in row]
-    style = look[name].kwargs()
-    right.plot(*zip(*own, strict=True), linestyle='none', markersize=4, **style)
-  left.set_ylim(0)
-  left.set_xlabel('layer')
-  left.set_ylabel(r'norm of $\tau$')
-  left.xaxis.set_major_locator(MaxNLocator(integer=True))
-  left.grid(axis='y')
-  right.set_xlim(0)
-  right.set_yticks(range(len(modules)), modules)
-  right.set_ylim(len(modules) - 0.5, -0.5)
-  right.tick_params(axis='y', length=0)
-  right.hlines([y + 0.5 for y in range(len(modules) - 1)], *right.get_xlim(), color=FAINT, lw=0.7)
-  right.set_xlabel(r'norm of $\tau$')
-  right.spines['left'].set_visible(False)
-  _legend(figure, list(dict.fromkeys([*by_layer, *by_module])), look)
-  return figure
-
-
-@styled
 def training(runs: dict[str, list[dict]], look: dict[str, Look]) -> Figure:
   """A column a CPT run: training loss (above) and held-out bits/byte (below) against the step."""
   names = list(runs)
@@ -499,10 +432,3 @@ def costs(stages: list[dict], look: dict[str, Look]) -> Figure:
   panels[0].set_yticks(range(len(stages)), [row['stage'] for row in stages])
   panels[0].set_ylim(len(stages) - 0.45, -0.55)
   return figure
-
-
-def _legend(figure: Figure, names: list[str], look: dict[str, Look]) -> None:
-  handles = [Line2D([], [], label=name, **look[name].kwargs()) for name in names]
-  figure.legend(
-    handles=handles, loc='outside upper left', ncols=min(len(names), 8), handletextpad=0.4
-  )

@@ -13,11 +13,13 @@ from optimer_jax.errors import UserError
 from optimer_jax.files import read_json, read_jsonl
 
 # Shapes: a type, [shape] for lists, {...: shape} for any keys but at least one, {'key': shape} for
-# these keys at least, and {'key?': shape} for keys that may be absent or null. Numbers are finite.
+# these keys at least, and {'key?': shape} for keys that may be absent or null. Numbers are finite;
+# only a Share may be null, where there is nothing to have a share of.
 Count = int
 Number = float
 Size = 'at least 0'
 Positive = 'above 0'
+Share = 'from 0 to 1'
 SCORE = {'value': Positive, 'stderr': Size}
 PAIRED = {'difference': Number, 'stderr': Size}
 EVALUATION = {
@@ -50,6 +52,24 @@ GEOMETRY = {
   'cosine': [[Number]],
   'by_layer?': {...: [Size]},
   'by_module?': {...: {...: Size}},
+  'layer_module?': {...: {...: [Size]}},
+  'cosine_by_layer?': [[[Number]]],
+  'cosine_by_module?': {...: [[Number]]},
+  'sign_agreement?': [[Share]],
+  'sign_unanimous?': Share,
+  'sign_elected?': Share,
+  'effective_rank?': {...: {...: {'effective': Size, 'stable': Size, 'bound': Count}}},
+  'embedding_share?': {...: Size},
+  'embedding_rows_touched?': {...: Share},
+}
+TRAJECTORY = {
+  'steps': [Count],
+  'step_norm': [Size],
+  'step_cosine': [Number],
+  'norm': [Size],
+  'final_cosine': [Number],
+  'projection': [Number],
+  'straightness': Size,
 }
 STEP = {'step': Count, 'loss?': Number, 'dev_bits_per_byte?': Number}
 COST = {
@@ -70,12 +90,18 @@ MANIFEST = {
 
 def fault(value: object, shape: object, where: str = '') -> str:
   """Says what in `value` departs from `shape`, or '' if nothing does."""
-  if shape in (Number, Count, Size, Positive):
+  if shape is Share and value is None:
+    return ''
+  if shape in (Number, Count, Size, Positive, Share):
     kinds = int if shape is Count else (int, float)
     if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
       return f'{where or "the value"} is not a finite number'
-    small = value < 0 if shape is Size else value <= 0 if shape is Positive else False
-    return f'{where} is {value}, not {shape}' if small else ''
+    out = {
+      Size: value < 0,
+      Positive: value <= 0,
+      Share: not 0 <= value <= 1,
+    }.get(shape, False)
+    return f'{where} is {value}, not {shape}' if out else ''
   if isinstance(shape, type):
     return '' if isinstance(value, shape) else f'{where or "the value"} is not a {shape.__name__}'
   if isinstance(shape, list):
@@ -120,6 +146,7 @@ class Run:
   comparisons: list[dict]
   studies: list[Study]
   geometry: dict
+  trajectories: dict[str, dict]
   training: dict[str, list[dict]]
   costs: list[dict]
   manifest: dict
@@ -189,6 +216,8 @@ def read_run(path: Path) -> Run:
     if current or best:
       studies.append(Study(folder.name, current, best))
   geometry = one(path / 'vectors' / 'geometry.json', GEOMETRY, _square) or {}
+  ways = path / 'vectors' / 'trajectory.json'
+  trajectories = one(ways, {...: TRAJECTORY}, _in_step) or {}
   training = {
     folder.name: rows
     for folder in sorted((path / 'cpt').glob('*/'))
@@ -203,6 +232,7 @@ def read_run(path: Path) -> Run:
     name=path.resolve().name,
     datasets=_union(
       geometry.get('datasets', []),
+      trajectories,
       training,
       (folder.name for folder in (path / 'cpt').glob('*/') if not folder.name.startswith('.')),
       *(row['weights'] for row in rows),
@@ -214,6 +244,7 @@ def read_run(path: Path) -> Run:
     comparisons=comparisons,
     studies=studies,
     geometry=geometry,
+    trajectories=trajectories,
     training=training,
     costs=costs,
     manifest=manifest,
@@ -314,7 +345,26 @@ def _union(*names) -> list[str]:
 
 def _square(value: dict) -> str:
   size = len(value['datasets'])
-  if [len(row) for row in value['cosine']] != [size] * size:
-    return f'cosine is not {size} x {size}'
+  for key, matrix in {
+    'cosine': value['cosine'],
+    'sign_agreement': value.get('sign_agreement'),
+    **{f'cosine_by_layer[{i}]': m for i, m in enumerate(value.get('cosine_by_layer') or [])},
+    **{f'cosine_by_module.{k}': m for k, m in (value.get('cosine_by_module') or {}).items()},
+  }.items():
+    if matrix is not None and [len(row) for row in matrix] != [size] * size:
+      return f'{key} is not {size} x {size}'
   lost = [name for name in value['datasets'] if name not in value['norm']]
   return f'norm of {lost[0]} is missing' if lost else ''
+
+
+def _in_step(value: dict) -> str:
+  for name, way in value.items():
+    size = len(way['steps'])
+    if not size or way['steps'][-1] <= 0:
+      return f'{name}.steps has no last step'
+    for key in ('step_norm', 'norm', 'final_cosine', 'projection'):
+      if len(way[key]) != size:
+        return f'{name}.{key} has not {size} values'
+    if len(way['step_cosine']) != size - 1:
+      return f'{name}.step_cosine has not {size - 1} values'
+  return ''

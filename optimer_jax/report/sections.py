@@ -3,67 +3,13 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-
-from matplotlib.figure import Figure
 
 from optimer_jax.report import plots
+from optimer_jax.report.blocks import Cell, Details, Picture, Section, Table, Text, missing
 from optimer_jax.report.outcome import count, label, number, pick, plus_minus, scientific, verdict
 from optimer_jax.report.read import Run, Study, answer, mean, mean_stderr, paired, stages
 from optimer_jax.report.style import AVERAGE, BASE, MUTED, OPTIMER, Look, looks
-
-
-@dataclass(frozen=True)
-class Text:
-  """A paragraph; `kind` is '' or 'missing'."""
-
-  text: str
-  kind: str = ''
-
-
-@dataclass(frozen=True)
-class Picture:
-  """A figure under its file name, with what it says (`alt`) for those who cannot see it."""
-
-  name: str
-  figure: Figure
-  caption: str
-  alt: str
-
-
-@dataclass(frozen=True)
-class Cell:
-  """A table cell: the value, a second line below it, and whether it is the column's best."""
-
-  text: str
-  below: str = ''
-  best: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-  """Rows of cells; the first of each row is its heading."""
-
-  caption: str
-  head: list[str]
-  rows: list[list[Cell]]
-
-
-@dataclass(frozen=True)
-class Details:
-  """Long text, folded."""
-
-  summary: str
-  text: str
-
-
-@dataclass(frozen=True)
-class Section:
-  """A heading and what stands under it."""
-
-  id: str
-  title: str
-  blocks: list = field(default_factory=list)
+from optimer_jax.report.vectors import vectors
 
 
 def build(run: Run) -> list[Section]:
@@ -74,21 +20,12 @@ def build(run: Run) -> list[Section]:
     ('search', 'Search', _search),
     ('space', 'Trials in weight space', _space),
     ('gap', 'Development and test', _gap),
-    ('vectors', 'Distribution vectors', _vectors),
+    ('vectors', 'Distribution vectors', vectors),
     ('training', 'Training', _training),
     ('costs', 'Costs', _costs),
     ('model', 'Model and configuration', _model),
   )
   return [Section(id, title, list(blocks(run))) for id, title, blocks in parts]
-
-
-def _missing(run: Run, what: str, verb: str, *files: str) -> Text:
-  text = f'Not there yet: {what} ({", ".join(f"RUN/{file}" for file in files)}); “optimer {verb}” '
-  text += 'writes it.' if len(files) == 1 else 'writes them.'
-  damaged = [file for file in files if any(p.startswith(f'{file} is') for p in run.problems)]
-  if damaged:
-    text += f' Damaged, as said at the top: {", ".join(damaged)}.'
-  return Text(text, 'missing')
 
 
 def _chosen(best: dict) -> dict:
@@ -98,7 +35,7 @@ def _chosen(best: dict) -> dict:
 def _weights(run: Run) -> Iterator:
   study = answer(run)
   if not study:
-    yield _missing(run, 'the answer of a search', 'search', 'studies/NAME/best.json')
+    yield missing(run, 'the answer of a search', 'search', 'studies/NAME/best.json')
     return
   best = study.best
   ratios = best.get('ratios') or {}
@@ -180,7 +117,7 @@ def _scores(run: Run) -> Iterator:
   wanted = ['base', *(f'cpt-{name}' for name in run.datasets), 'average', 'optimer']
   if absent := [name for name in wanted if name not in run.evaluations]:
     files = [f'evaluations/{name}.json' for name in absent]
-    yield _missing(run, f'test scores of {", ".join(map(label, absent))}', 'evaluate', *files)
+    yield missing(run, f'test scores of {", ".join(map(label, absent))}', 'evaluate', *files)
   rows = models(run)
   if not rows:
     return
@@ -247,7 +184,7 @@ def _scores(run: Run) -> Iterator:
       ],
     )
   else:
-    yield _missing(run, 'paired comparisons', 'evaluate', 'evaluations/comparisons.json')
+    yield missing(run, 'paired comparisons', 'evaluate', 'evaluations/comparisons.json')
 
 
 def _seeds(trials: list[dict]) -> dict[str, int]:
@@ -271,7 +208,7 @@ def _trials(run: Run) -> Iterator[tuple[Study, str]]:
 def _search(run: Run) -> Iterator:
   found = list(_trials(run))
   if not found:
-    yield _missing(run, 'trials', 'search', 'studies/NAME/trials.jsonl')
+    yield missing(run, 'trials', 'search', 'studies/NAME/trials.jsonl')
   for study, suffix in found:
     best = min(study.trials, key=lambda trial: trial['objective'])
     yield Text(
@@ -289,13 +226,13 @@ def _search(run: Run) -> Iterator:
     )
   for study in run.studies:
     if study.trials and not study.best:
-      yield _missing(run, 'the answer of the search', 'search', f'studies/{study.name}/best.json')
+      yield missing(run, 'the answer of the search', 'search', f'studies/{study.name}/best.json')
 
 
 def _space(run: Run) -> Iterator:
   found = list(_trials(run))
   if not found:
-    yield _missing(run, 'trials', 'search', 'studies/NAME/trials.jsonl')
+    yield missing(run, 'trials', 'search', 'studies/NAME/trials.jsonl')
   for study, suffix in found:
     names = [name for name in run.datasets if any(name in t['weights'] for t in study.trials)]
     best = min(study.trials, key=lambda trial: trial['objective'])
@@ -312,7 +249,7 @@ def _space(run: Run) -> Iterator:
 def _gap(run: Run) -> Iterator:
   study = answer(run)
   if not study:
-    yield _missing(
+    yield missing(
       run, 'development scores of base, uniform average and optimum', 'search', 'studies/NAME'
     )
     return
@@ -326,7 +263,7 @@ def _gap(run: Run) -> Iterator:
       where = 'development' if not dev[name] else 'test'
       file = f'studies/{study.name}' if not dev[name] else f'evaluations/{name}.json'
       verb = 'search' if not dev[name] else 'evaluate'
-      yield _missing(run, f'{where} scores of {label(name)}', verb, file)
+      yield missing(run, f'{where} scores of {label(name)}', verb, file)
       continue
     rows.append(
       plots.Gap(
@@ -374,68 +311,12 @@ def _columns(scores: dict, average: float | None = None) -> dict[str, tuple[floa
   return {'mean': (average, mean_stderr(scores)), **each}
 
 
-def _vectors(run: Run) -> Iterator:
-  geometry = run.geometry
-  if not geometry:
-    yield _missing(run, 'the geometry of the vectors', 'inspect', 'vectors/geometry.json')
-    return
-  place = {name: i for i, name in enumerate(geometry['datasets'])}
-  names = [name for name in run.datasets if name in place]
-  matrix = [[geometry['cosine'][place[a]][place[b]] for b in names] for a in names]
-  pairs = [
-    (matrix[i][j], f'{names[i]} and {names[j]}')
-    for i in range(len(names))
-    for j in range(i + 1, len(names))
-  ]
-  span = (
-    f' Off the diagonal from {number(min(pairs)[0], 3)} ({min(pairs)[1]}) to '
-    f'{number(max(pairs)[0], 3)} ({max(pairs)[1]}).'
-    if pairs
-    else ''
-  )
-  yield Picture(
-    'cosine',
-    plots.cosine(names, matrix),
-    'Cosine between the distribution vectors; the colour runs from 0 to the largest pair (at '
-    f'least .1), blue for positive, orange for negative.{span}',
-    f'Heat map of the cosines between {len(names)} vectors.{span}',
-  )
-  relative = geometry.get('relative_norm') or {}
-  yield Table(
-    'Norm of each distribution vector, and relative to the base’s.',
-    ['data set', 'norm', 'norm / norm of base'],
-    [
-      [
-        Cell(name),
-        Cell(number(geometry['norm'][name])),
-        Cell(f'{relative[name]:.3e}' if name in relative else '–'),
-      ]
-      for name in names
-    ],
-  )
-  layers, modules = geometry.get('by_layer') or {}, geometry.get('by_module') or {}
-  look = looks(run.datasets)
-  layers = {name: layers[name] for name in names if layers.get(name)}
-  modules = {name: modules[name] for name in names if modules.get(name)}
-  if not layers or not modules:
-    yield _missing(run, 'norms per layer and module', 'inspect', 'vectors/geometry.json')
-    return
-  yield Picture(
-    'norms',
-    plots.norms(layers, modules, look),
-    'Norm of each distribution vector by layer and by kind of module.',
-    'Norms by layer, largest layer of each vector: '
-    + ', '.join(f'{name} {row.index(max(row))}' for name, row in layers.items())
-    + '.',
-  )
-
-
 def _training(run: Run) -> Iterator:
   absent = [name for name in run.datasets if name not in run.training]
   if absent or not run.training:
     files = [f'cpt/{name}/metrics.jsonl' for name in absent or ['NAME']]
     what = f'training metrics of {", ".join(absent) or "any data set"}'
-    yield _missing(run, what, 'train', *files)
+    yield missing(run, what, 'train', *files)
   if not run.training:
     return
   rows = []
@@ -472,7 +353,7 @@ def _training(run: Run) -> Iterator:
 def _costs(run: Run) -> Iterator:
   rows = stages(run.costs)
   if not rows:
-    yield _missing(run, 'costs', 'pipeline', 'costs.jsonl')
+    yield missing(run, 'costs', 'pipeline', 'costs.jsonl')
     return
   seconds, flops = (
     {
@@ -524,7 +405,7 @@ def _costs(run: Run) -> Iterator:
 def _model(run: Run) -> Iterator:
   manifest = run.manifest
   if not manifest:
-    yield _missing(run, 'the base’s manifest', 'import', 'base/manifest.json')
+    yield missing(run, 'the base’s manifest', 'import', 'base/manifest.json')
   else:
     facts = {key: manifest[key] for key in ('kind', 'fingerprint') if manifest.get(key)}
     for note in manifest.get('notes') or []:
@@ -542,7 +423,7 @@ def _model(run: Run) -> Iterator:
   if run.gin:
     yield Details('Operative gin', run.gin)
   else:
-    yield _missing(run, 'the operative gin', 'pipeline', 'operative.gin')
+    yield missing(run, 'the operative gin', 'pipeline', 'operative.gin')
 
 
 def _plain(value: object) -> str:

@@ -17,6 +17,7 @@ def make_row(
   trial: int,
   sampler: str,
   weights: Mapping[str, float],
+  numbers: Mapping[str, float],
   result: Mapping,
   objective: float,
   pool: str,
@@ -28,6 +29,7 @@ def make_row(
     trial: 1, 2, … in the order of evaluation.
     sampler: 'seed', 'vizier' or 'surrogate'.
     weights: merge weights by data set.
+    numbers: what else was searched, by name: the density.
     result: what the evaluation gave: 'scores', 'seconds' and 'flops'.
     objective: to be minimised; a value that is not finite becomes None (infeasible).
     pool: fingerprint of the vector pool.
@@ -37,6 +39,7 @@ def make_row(
     'trial': trial,
     'sampler': sampler,
     'weights': {name: float(weight) for name, weight in weights.items()},
+    'numbers': {name: float(number) for name, number in numbers.items()},
     'scores': _plain(result['scores']),
     'objective': _plain(objective),
     'seconds': _plain(result['seconds']),

@@ -15,6 +15,8 @@ from optimer_jax.search.ledger import append_trial, make_row, read_ledger
 from optimer_jax.search.objectives import objective_named, standard_error
 from optimer_jax.search.vizier import VizierSampler, surrogate_optimum
 
+DENSITY = 'density'  # the one parameter of a merge method that is searched with the weights
+
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
@@ -26,6 +28,7 @@ class StudyConfig:
       evaluated last. A study may be given more trials later.
     objective: name of a function in `objectives`, to be minimised.
     lower, upper: bounds of every merge weight; they hold 0 (the base) and 1/K (the average).
+    density: bounds of the merge method's density, to search it too.
     seed: of Vizier's random numbers.
   """
 
@@ -34,6 +37,7 @@ class StudyConfig:
   objective: str = 'mean'
   lower: float = 0.0
   upper: float = 1.0
+  density: tuple[float, float] | None = None
   seed: int = 0
 
 
@@ -44,6 +48,7 @@ def run_study(
   config: StudyConfig,
   pool: str,
   tasks: Mapping[str, str],
+  method: str = '',
 ) -> dict:
   """Runs the study to its end, from wherever it stands, and returns the content of best.json.
 
@@ -53,11 +58,13 @@ def run_study(
   Args:
     directory: of the study; holds trials.jsonl (the truth), study.db and best.json.
     names: the K data sets of the pool.
-    evaluate: {data set: weight} -> {'scores': {task: {'value', 'stderr', …}}, 'seconds', 'flops'};
-      lower scores are better; a value that is not finite makes the candidate infeasible.
+    evaluate: {data set: weight}, and 'density' where it is searched -> {'scores': {task: {'value',
+      'stderr', …}}, 'seconds', 'flops'}; lower scores are better; a value that is not finite makes
+      the candidate infeasible.
     config: what to search.
     pool: fingerprint of the vector pool.
     tasks: the tasks that `evaluate` scores, each with a digest of the data that it scores on.
+    method: how `evaluate` merges, where it is not the weighted sum.
 
   Raises:
     UsageError: the configuration makes no sense.
@@ -70,12 +77,19 @@ def run_study(
   ledger = directory / 'trials.jsonl'
   search = {key: getattr(config, key) for key in ('objective', 'lower', 'upper', 'seed')}
   search['development data'] = ', '.join(f'{task} {data}' for task, data in sorted(tasks.items()))
-  space = (names, config.lower, config.upper, config.seed)
+  if method:
+    search['merge method'] = method
+  space = dict.fromkeys(names, (config.lower, config.upper))
+  numbers = {}
+  if config.density:
+    search['density'] = ' to '.join(map(str, config.density))
+    numbers = {DENSITY: config.density}
+  space |= numbers
   with _held(directory):
     rows = read_ledger(ledger, pool, names, tasks, search)
     finished = len(rows) >= config.trials and rows[-1]['sampler'] == 'surrogate'
     if not finished:
-      sampler = VizierSampler(directory / 'study.db', *space, _observed(rows))
+      sampler = VizierSampler(directory / 'study.db', space, config.seed, _observed(rows))
       last = max(config.trials, len(rows) + 1)
       begun, before = time.monotonic(), len(rows)
       for number in range(len(rows) + 1, last + 1):
@@ -83,22 +97,25 @@ def run_study(
         if number == 3:
           _feasible(rows)  # With neither the average nor the base to stand on, stop here.
         if number <= 2:
-          kind, weights = 'seed', dict.fromkeys(names, (1 / len(names), 0.0)[number - 1])
+          kind, point = 'seed', dict.fromkeys(names, (1 / len(names), 0.0)[number - 1])
+          point |= {name: high for name, (_, high) in numbers.items()}
         elif number < last:
-          kind, (weights,) = 'vizier', sampler.suggest(1)
+          kind, (point,) = 'vizier', sampler.suggest(1)
         else:
-          kind, (weights, predicted) = 'surrogate', surrogate_optimum(*space, _observed(rows))
+          kind = 'surrogate'
+          point, predicted = surrogate_optimum(space, config.seed, _observed(rows))
 
-        result = _known(rows, weights) or evaluate(dict(weights))
+        result = _known(rows, point) or evaluate(dict(point))
         if set(result['scores']) != set(tasks):
           raise ValueError(f'scored {sorted(result["scores"])}, not the tasks {sorted(tasks)}')
         value = objective(result['scores'])
-        row = make_row(number, kind, weights, result, value, pool, search)
+        weights, others = ({x: point[x] for x in some} for some in (names, numbers))
+        row = make_row(number, kind, weights, others, result, value, pool, search)
         if predicted is not None:
           row['predicted'] = predicted
         append_trial(ledger, row)
         rows.append(row)
-        sampler.observe(row['weights'], row['objective'])
+        sampler.observe(_point(row), row['objective'])
 
         left = (time.monotonic() - begun) / (number - before) * (last - number)
         say(_line(config.name, row, rows, last, left))
@@ -115,6 +132,13 @@ def _check(config: StudyConfig, names: Sequence[str]) -> None:
     )
   if not names or len(set(names)) != len(names):
     raise UsageError(f'study {config.name} needs distinct data sets, not {list(names)}')
+  if config.density and not 0.0 < config.density[0] < config.density[1] <= 1.0:
+    raise UsageError(
+      f'study {config.name}: the density is searched between {config.density[0]} and '
+      f'{config.density[1]}, but needs 0 < lower < upper <= 1'
+    )
+  if config.density and DENSITY in names:
+    raise UsageError(f'study {config.name}: no data set can be called {DENSITY!r} here')
   if not config.lower <= 0.0 < 1 / len(names) <= config.upper:
     raise UsageError(
       f'study {config.name}: the bounds [{config.lower}, {config.upper}] must hold 0 and '
@@ -141,13 +165,17 @@ def _held(directory: Path) -> Iterator[None]:
 
 
 def _observed(rows: Sequence[Mapping]) -> list:
-  return [(row['weights'], row['objective']) for row in rows]
+  return [(_point(row), row['objective']) for row in rows]
 
 
-def _known(rows: Sequence[Mapping], weights: Mapping[str, float]) -> dict | None:
+def _point(row: Mapping) -> dict[str, float]:
+  return {**row['weights'], **row.get('numbers', {})}
+
+
+def _known(rows: Sequence[Mapping], point: Mapping[str, float]) -> dict | None:
   """The result of a candidate that stands in the ledger already; it costs nothing again."""
   for row in rows:
-    if row['weights'] == weights:
+    if _point(row) == point:
       return {'scores': row['scores'], 'seconds': 0.0, 'flops': 0.0}
   return None
 
@@ -179,7 +207,8 @@ def _best(rows: Sequence[Mapping], objective: str) -> dict:
         f'observed (trial {observed["trial"]}, {observed["objective"]:.4f}) by more than the '
         f'standard error of one evaluation ({error:.4f}): {chosen} is taken'
       )
-  weights = (surrogate if chosen == 'surrogate_optimum' else observed)['weights']
+  taken = surrogate if chosen == 'surrogate_optimum' else observed
+  weights = taken['weights']
   positive = {name: max(weight, 0.0) for name, weight in weights.items()}
   total = sum(positive.values())
   return {
@@ -188,6 +217,7 @@ def _best(rows: Sequence[Mapping], objective: str) -> dict:
     'surrogate_optimum': surrogate,
     'chosen': chosen,
     'weights': weights,
+    'numbers': taken.get('numbers', {}),
     # The base itself (all weights zero) is no mixture.
     'ratios': {name: weight / total if total else 0.0 for name, weight in positive.items()},
     'evaluations': len(rows),
@@ -195,7 +225,7 @@ def _best(rows: Sequence[Mapping], objective: str) -> dict:
 
 
 def _line(name: str, row: Mapping, rows: Sequence[Mapping], last: int, left: float) -> str:
-  weights = ' '.join(f'{dataset} {weight:.3f}' for dataset, weight in row['weights'].items())
+  weights = ' '.join(f'{what} {value:.3f}' for what, value in _point(row).items())
   value = 'infeasible' if row['objective'] is None else f'{row["objective"]:.4f}'
   done = [other for other in rows if other['objective'] is not None]
   best = min(done, key=lambda other: other['objective'], default=None)

@@ -1,7 +1,7 @@
 """OSS Vizier's GP bandit as the sampler of a study: fast, repeatable, kept in an SQLite file.
 
 Vizier as it comes compiles two programs anew for every suggestion. Here it does not: one
-acquisition optimizer serves every designer of the same number of weights (its static fields hash
+acquisition optimizer serves every designer of the same number of parameters (its static fields hash
 by identity), and the observations are padded so that the shapes stay the same through an ordinary
 study. Evaluations (75,000) and restarts (4) are Vizier's own.
 
@@ -33,7 +33,9 @@ from vizier.utils import json_utils
 
 from optimer_jax.progress import say
 
-# ({data set: weight}, objective to be minimised, or None where the candidate was infeasible)
+# The bounds of each parameter: the merge weights by data set, and what else is searched.
+Space = Mapping[str, tuple[float, float]]
+# ({parameter: value}, objective to be minimised, or None where the candidate was infeasible)
 Observation = tuple[Mapping[str, float], float | None]
 
 _CLIENT = 'worker-0'  # A stable id: after a kill it gets its unfinished trial back.
@@ -52,19 +54,17 @@ class VizierSampler:
   def __init__(
     self,
     path: Path | str,
-    names: Sequence[str],
-    lower: float,
-    upper: float,
+    space: Space,
     seed: int,
     observed: Sequence[Observation] = (),
   ):
-    self._names, self._seed = list(names), seed
-    self._problem = _problem(names, lower, upper)
+    self._names, self._seed = list(space), seed
+    self._problem = _problem(space)
     path = Path(path).absolute()
     existed = path.exists()
     try:
       self._open(path)
-      agrees = _observations(self._trials()) == [(dict(w), y) for w, y in observed]
+      agrees = _observations(self._trials()) == [(dict(x), y) for x, y in observed]
     except Exception:  # Whatever is wrong with the file, the ledger replaces it.
       agrees = False
     if agrees:
@@ -74,8 +74,8 @@ class VizierSampler:
     for file in (path, Path(f'{path}-journal')):
       file.unlink(missing_ok=True)
     self._open(path)
-    for weights, objective in observed:
-      self.observe(weights, objective)
+    for point, objective in observed:
+      self.observe(point, objective)
 
   def suggest(self, n: int) -> list[dict[str, float]]:
     """The next n candidates; asked again before they are observed, the same ones."""
@@ -83,19 +83,19 @@ class VizierSampler:
       trials = self._study.suggest(count=n, client_id=_CLIENT)
     return [{name: trial.parameters[name] for name in self._names} for trial in trials]
 
-  def observe(self, weights: Mapping[str, float], objective: float | None) -> None:
-    """Completes the suggested trial that has these weights, or else adds a completed trial.
+  def observe(self, point: Mapping[str, float], objective: float | None) -> None:
+    """Completes the suggested trial that has these values, or else adds a completed trial.
 
     Args:
-      weights: by data set, inside the bounds.
+      point: value by parameter, inside the bounds.
       objective: to be minimised; None records the candidate as infeasible.
     """
     number = 1 + len(_observations(self._trials()))
-    done = _trial(number, weights, objective)
+    done = _trial(number, point, objective)
     for trial in self._trials():
       if trial.status == vz.TrialStatus.ACTIVE:
         client = self._study.get_trial(trial.id)
-        if trial.parameters.as_dict() == dict(weights):
+        if trial.parameters.as_dict() == dict(point):
           client.complete(done.final_measurement, infeasible_reason=done.infeasibility_reason)
           return
         client.delete()  # It was suggested before this trial was known.
@@ -153,7 +153,7 @@ class VizierSampler:
 
 
 def surrogate_optimum(
-  names: Sequence[str], lower: float, upper: float, seed: int, observed: Sequence[Observation]
+  space: Space, seed: int, observed: Sequence[Observation]
 ) -> tuple[dict[str, float], float]:
   """The minimiser of the GP's posterior mean over the box, and the objective predicted there.
 
@@ -162,21 +162,21 @@ def surrogate_optimum(
   an objective.
 
   Returns:
-    The weights by data set, and the posterior median of the objective (the GP's mean carried
+    The value of each parameter, and the posterior median of the objective (the GP's mean carried
     back through Vizier's monotone output warping).
   """
-  finite = [(y, weights) for weights, y in observed if y is not None]
+  finite = [(y, point) for point, y in observed if y is not None]
   if len({y for y, _ in finite}) < 2:  # A GP learns nothing from one value.
     return dict(finite[0][1]), finite[0][0]
   with jax.enable_x64(True):
-    designer = _designer(_problem(names, lower, upper), seed, observed, ucb=0.0)
+    designer = _designer(_problem(space), seed, observed, ucb=0.0)
     (best,) = designer.suggest(1)
     # With a weight of zero the acquisition is the posterior mean itself, warped and negated.
     found = json.loads(
       best.metadata.ns('devinfo')['acquisition_optimization'], cls=json_utils.NumpyDecoder
     )['acquisition']
     predicted = -float(designer._output_warper.unwarp(np.reshape(found, (1, 1))).item())
-  return {name: best.parameters.get_value(name) for name in names}, predicted
+  return {name: best.parameters.get_value(name) for name in space}, predicted
 
 
 @dataclasses.dataclass
@@ -193,11 +193,11 @@ class _Policy:
     return pythia.SuggestDecision(designer.suggest(request.count), metadata=vz.MetadataDelta())
 
 
-def _problem(names: Sequence[str], lower: float, upper: float) -> vz.ProblemStatement:
-  """One float per data set, sorted by name: the order of `names` must not change a suggestion."""
+def _problem(space: Space) -> vz.ProblemStatement:
+  """Floats sorted by name: the order of `space` must not change a suggestion."""
   problem = vz.ProblemStatement()
-  for name in sorted(names):
-    problem.search_space.root.add_float_param(name, lower, upper)
+  for name in sorted(space):
+    problem.search_space.root.add_float_param(name, *space[name])
   problem.metric_information.append(
     vz.MetricInformation('objective', goal=vz.ObjectiveMetricGoal.MINIMIZE)
   )
@@ -227,8 +227,8 @@ def _designer(
     ),
   )
   trials = [
-    _trial(number, weights, worst if y is None else y)
-    for number, (weights, y) in enumerate(observed, 1)
+    _trial(number, point, worst if y is None else y)
+    for number, (point, y) in enumerate(observed, 1)
   ]
   designer.update(vza.CompletedTrials(trials), vza.ActiveTrials())
   return designer
@@ -238,7 +238,7 @@ _optimizers = {}
 
 
 def _acquisition_optimizer(converter):
-  """Vizier's optimizer, one for each number of weights: it knows nothing else of the space."""
+  """Vizier's optimizer, one for each number of parameters: it knows nothing else of the space."""
   size = len(converter.output_specs.continuous)
   if size not in _optimizers:
     _optimizers[size] = gp_bandit.default_acquisition_optimizer_factory(converter)
@@ -263,10 +263,10 @@ class _Padding:
   pad_labels = pad_features
 
 
-def _trial(number: int, weights: Mapping[str, float], objective: float | None) -> vz.Trial:
+def _trial(number: int, point: Mapping[str, float], objective: float | None) -> vz.Trial:
   # Vizier sorts by creation time: number the seconds, so that the clock has no part in it.
   created = datetime.datetime.fromtimestamp(number, datetime.UTC)
-  trial = vz.Trial(id=number, parameters=dict(weights), creation_time=created)
+  trial = vz.Trial(id=number, parameters=dict(point), creation_time=created)
   if objective is None:
     reason = 'a task has no finite score'
     return trial.complete(vz.Measurement(), infeasibility_reason=reason)

@@ -53,6 +53,7 @@ class TrainConfig:
   seed: int = 0
   evaluate_every: int = 100
   save_every: int = 100
+  keep_every: int = 0  # keep the parameters, to see how straight the way was; 0 keeps none
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -133,6 +134,7 @@ def train(
   identity: Mapping[str, str],
   mesh: MeshConfig,
   evaluate: Callable[[dict], Mapping[str, float]] | None = None,
+  keep: Callable[[int, dict[str, jax.Array]], None] | None = None,
 ) -> tuple[dict[str, jax.Array], dict]:
   """Trains to the last step, from the last saved state if there is one.
 
@@ -148,6 +150,8 @@ def train(
       directory begun with another identity is refused.
     mesh: devices to use.
     evaluate: held-out scores of parameters, every `evaluate_every` steps and at the end.
+    keep: what to do with the step and the leaves every `keep_every` steps; a run that is resumed
+      may come to a step again, with the same leaves.
 
   Returns:
     The trained leaves, and what was spent in this call: steps, tokens, seconds.
@@ -182,12 +186,25 @@ def train(
         say(f'{name}: resumed at step {start}')
       with contextlib.closing(MetricsWriter(directory, start)) as writer:
         state, spent = _loop(
-          config, model, state, start, dataset, saves, writer, evaluate, devices, name, directory
+          config,
+          model,
+          state,
+          start,
+          dataset,
+          saves,
+          writer,
+          evaluate,
+          keep,
+          devices,
+          name,
+          directory,
         )
   return to_leaves(model.config, state['params']), spent
 
 
-def _loop(config, model, state, start, dataset, saves, writer, evaluate, devices, name, directory):
+def _loop(
+  config, model, state, start, dataset, saves, writer, evaluate, keep, devices, name, directory
+):
   length = dataset[0]['tokens'].shape[-1]
   flops_per_step = 3 * model.config.flops_per_token(length) * config.batch * length
   rows = batch_sharding(devices)
@@ -236,6 +253,10 @@ def _loop(config, model, state, start, dataset, saves, writer, evaluate, devices
     if evaluate and (step % config.evaluate_every == 0 or step == config.steps):
       settle()
       writer.write(step, **evaluate(state['params']))
+      last = time.monotonic()
+    if keep and config.keep_every and step % config.keep_every == 0:
+      settle()
+      keep(step, to_leaves(model.config, state['params']))
       last = time.monotonic()
     if step % config.save_every == 0 or step == config.steps:
       settle()

@@ -1,4 +1,4 @@
-"""A vector pool: the vectors of one base, held together for merging."""
+"""A vector pool: the vectors of one base, held together for merging, or opened to be read."""
 
 import dataclasses
 import hashlib
@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from optimer_jax.checkpoints import store
+from optimer_jax.checkpoints.names import Tensor
+from optimer_jax.checkpoints.quantized import SCALE, Quantized, channel_axes
 from optimer_jax.errors import UserError
-from optimer_jax.gemma3 import Model, from_leaves, leaf_shapes
+from optimer_jax.gemma3 import Model, from_leaves
 from optimer_jax.vectors.extract import check_parent
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-  """Base and vectors as parameter trees of one structure."""
+  """Base and vectors as parameter trees of one structure; leaves of vectors may be `Quantized`."""
 
   names: tuple[str, ...]
   model: Model
@@ -25,8 +28,17 @@ class Pool:
   manifests: Mapping[str, store.Manifest]  # by name, and the base's as 'base'
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenPool:
+  """Base and vectors on disk, leaves to be read by rows; those of vectors are float32."""
+
+  base: Mapping[str, Tensor]
+  vectors: Mapping[str, Mapping[str, Tensor]]
+  manifests: Mapping[str, store.Manifest]
+
+
 def load_pool(base: Path | str, vectors: Mapping[str, Path | str], model: Model) -> Pool:
-  """Reads and checks a pool.
+  """Reads and checks a pool. Vectors stay in the form in which they are stored.
 
   Args:
     base: the base artifact.
@@ -34,31 +46,93 @@ def load_pool(base: Path | str, vectors: Mapping[str, Path | str], model: Model)
     model: how to compute; its config is checked against the base's.
 
   Raises:
-    UserError: a vector of another base or architecture, or a damaged leaf; it is named.
+    UserError: a vector of another base or architecture, a value that is not finite, or a damaged
+      leaf; it is named.
   """
+  manifests = _manifests(base, vectors)
+  if manifests['base'].model != model.config:
+    raise UserError(f'{base} has another architecture than the run: {manifests["base"].model}')
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  placed = dict.fromkeys(leaf_shapes(model.config), device)
-  base_manifest = store.read_manifest(base, 'base')
-  if base_manifest.model != model.config:
-    raise UserError(f'{base} has another architecture than the run: {base_manifest.model}')
-  trees, manifests = [], {'base': base_manifest}
-  root = from_leaves(model, store.load(base, 'base', shardings=placed)[1])
-  for name, path in vectors.items():
-    manifest, leaves = store.load(path, 'vector', shardings=placed)
-    check_parent(manifest, base_manifest.fingerprint, path, base)
-    manifests[name] = manifest
-    trees.append(from_leaves(model, leaves))
+
+  def tree(path: Path | str) -> dict:
+    leaves = {}
+    for name, tensor in store.open_leaves(path)[1].items():
+      value = tensor.read()
+      _check_finite(value, name, path)
+      leaves[name] = jax.device_put(value, device)
+    return from_leaves(model, _with_scales(leaves))
+
   return Pool(
     names=tuple(vectors),
     model=model,
-    base=root,
-    vectors=tuple(trees),
+    base=tree(base),
+    vectors=tuple(tree(path) for path in vectors.values()),
     fingerprint=pool_fingerprint(manifests),
     manifests=manifests,
   )
+
+
+def open_pool(base: Path | str, vectors: Mapping[str, Path | str]) -> OpenPool:
+  """Opens a pool of any size, checked as `load_pool` checks it: values, as they are read."""
+  return OpenPool(
+    manifests=_manifests(base, vectors),
+    base=store.open_leaves(base, 'base')[1],
+    vectors={name: open_vector(path) for name, path in vectors.items()},
+  )
+
+
+def open_vector(path: Path | str) -> dict[str, Tensor]:
+  """A stored vector's leaves, float32 whatever they are stored as.
+
+  Raises:
+    UserError: it is damaged, or when a leaf is read, its values are not finite.
+  """
+  _, tensors = store.open_leaves(path, 'vector')
+
+  def exact(name: str, tensor: Tensor) -> Tensor:
+    scale = None
+    if name + SCALE in tensors:
+      scale = tensors[name + SCALE].read()
+
+    def read(start: int = 0, stop: int | None = None) -> np.ndarray:
+      rows = tensor.read(start, stop)
+      if scale is not None:
+        own = 0 in channel_axes(name)
+        rows = Quantized(rows, scale[start:stop] if own else scale).dequantize()
+      _check_finite(rows, name, path)
+      return rows.astype(np.float32, copy=False)
+
+    return Tensor(tensor.shape, 'float32', read)
+
+  return {name: exact(name, t) for name, t in tensors.items() if not name.endswith(SCALE)}
 
 
 def pool_fingerprint(manifests: Mapping[str, store.Manifest]) -> str:
   """A digest of the base and the named vectors."""
   text = '\n'.join(f'{name} {m.fingerprint}' for name, m in sorted(manifests.items()))
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _manifests(base: Path | str, vectors: Mapping[str, Path | str]) -> dict[str, store.Manifest]:
+  """Of the base, as 'base', and the vectors, which must be of that base."""
+  found = {'base': store.read_manifest(base, 'base')}
+  for name, path in vectors.items():
+    found[name] = store.read_manifest(path, 'vector')
+    check_parent(found[name], found['base'].fingerprint, path, base)
+    if found[name].model != found['base'].model:
+      raise UserError(f'{path} has another architecture than {base}: {found[name].model}')
+  return found
+
+
+def _with_scales(leaves: Mapping[str, jax.Array]) -> dict:
+  """Joins int8 leaves and their scales."""
+  return {
+    name: Quantized(leaf, leaves[name + SCALE]) if name + SCALE in leaves else leaf
+    for name, leaf in leaves.items()
+    if not name.endswith(SCALE)
+  }
+
+
+def _check_finite(rows: np.ndarray, name: str, path: Path | str) -> None:
+  if rows.dtype != np.int8 and not np.isfinite(rows).all():
+    raise UserError(f'{path}: {name} has values that are not finite: make the vector again')

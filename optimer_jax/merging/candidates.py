@@ -1,0 +1,138 @@
+"""From a pool in memory and a point of the search to a candidate's parameters."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from optimer_jax.checkpoints.names import contracted_axes
+from optimer_jax.checkpoints.quantized import Quantized
+from optimer_jax.errors import UsageError
+from optimer_jax.gemma3 import from_leaves, to_leaves
+from optimer_jax.merging import methods
+from optimer_jax.merging.weighted_sum import weighted_sum
+from optimer_jax.vectors.pool import Pool
+
+# At weights of zero these give something else than the base, or have no weights at all.
+_WITHOUT_ZERO = ('linear', 'model_stock', 'multislerp', 'sce', 'slerp')
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+  """How vectors become a candidate.
+
+  Attributes:
+    method: of `methods.METHODS`; task_arithmetic is the weighted sum of OptiMer.
+    density: share of each vector that ties, dare, della and breadcrumbs keep; of sce: select_topk.
+    gamma: share of the largest elements that breadcrumbs drops.
+    epsilon: how far della's probabilities lie from the density.
+    scale: multiplies the sum of the vectors (mergekit's lambda).
+    t: slerp's way from the base to the model.
+    normalize: divide by the sum of the weights; default: as the method does.
+    rescale: give a thinned vector its L1 norm back; default: as the method does.
+    scope: 'tensor' ranks magnitudes within a leaf, 'global' over a whole vector.
+    seed: of the random masks of dare and della.
+  """
+
+  method: str = 'task_arithmetic'
+  density: float = 1.0
+  gamma: float = 0.01
+  epsilon: float = 0.15
+  scale: float = 1.0
+  t: float = 0.5
+  normalize: bool | None = None
+  rescale: bool | None = None
+  scope: str = 'tensor'
+  seed: int = 0
+
+  @property
+  def kind(self) -> methods.Kind:
+    return methods.Kind(self.method, self.normalize, self.rescale, self.scope)
+
+  @property
+  def is_weighted_sum(self) -> bool:
+    return self.method == 'task_arithmetic' and self.scale == 1.0 and not self.normalize
+
+  def at(self, numbers: Mapping[str, float]) -> 'MergeConfig':
+    """With the numbers of a point of the search: its density, where that is searched."""
+    return dataclasses.replace(self, **numbers)
+
+  def numbers(self, weights: list[float]) -> methods.Numbers:
+    """Of K weights, checked.
+
+    Raises:
+      UserError: numbers that the method does not take.
+    """
+    numbers = methods.numbers(weights, self.density, self.gamma, self.epsilon, self.scale, self.t)
+    methods.check(self.kind, numbers, len(weights))
+    return numbers
+
+  def identity(self, searched: bool) -> str:
+    """What a study's trials depend on beside their points; '' for the weighted sum."""
+    if self.is_weighted_sum:
+      return ''
+    values = dataclasses.asdict(self)
+    if searched:
+      del values['density']
+    return ', '.join(f'{key} {value}' for key, value in values.items() if value is not None)
+
+  def check_searchable(self, k: int) -> None:
+    """Refuses methods whose weights of zero are not the base, with which a search begins."""
+    if self.method in _WITHOUT_ZERO:
+      raise UsageError(
+        f'{self.method} cannot be searched, as no weights of it give the base: merge with it, or '
+        f'search {", ".join(sorted(set(methods.METHODS) - set(_WITHOUT_ZERO)))}'
+      )
+    self.numbers([1 / k] * k)
+
+
+def candidates(
+  pool: Pool, config: MergeConfig = MergeConfig()
+) -> Callable[[Mapping[str, float]], dict]:
+  """A function from a point to parameters that reuses the last candidate's memory.
+
+  A point has a weight for each vector of the pool, and may have a 'density'. The parameters that
+  the function returned before are gone when it is called again.
+  """
+  held = [jax.tree.map(jnp.copy, pool.base)]
+
+  def candidate(point: Mapping[str, float]) -> dict:
+    weights = [point[name] for name in pool.names]
+    if config.is_weighted_sum:
+      w = jnp.asarray(weights, jnp.float32)
+      held[0] = weighted_sum(held[0], pool.base, pool.vectors, w)
+    else:
+      others = {key: value for key, value in point.items() if key not in pool.names}
+      held[0] = _merged(held[0], pool, config, config.at(others).numbers(weights))
+    return held[0]
+
+  return candidate
+
+
+def _merged(buffer: dict, pool: Pool, config: MergeConfig, numbers: methods.Numbers) -> dict:
+  """Leaf by leaf, each by a program compiled for its shape; stacked layers are taken apart."""
+  model, kind = pool.model, config.kind
+  out, base, *vectors = (to_leaves(model.config, x) for x in (buffer, pool.base, *pool.vectors))
+  cuts = {}
+  if kind.scope == 'global':
+    splits = {leaf: contracted_axes(leaf) for leaf in base}
+    exact = [{leaf: _dequantized(x) for leaf, x in vector.items()} for vector in vectors]
+    cuts = methods.device_global_cuts(kind, exact, numbers, splits)
+  merged = {}
+  for leaf in base:
+    merged[leaf] = methods.merge_leaf(
+      kind,
+      out[leaf],
+      base[leaf],
+      [_dequantized(vector[leaf]) for vector in vectors],
+      numbers,
+      methods.leaf_key(config.seed, leaf),
+      split=contracted_axes(leaf),
+      cuts=cuts.get(leaf),
+    )
+  return from_leaves(model, merged)
+
+
+def _dequantized(leaf: jax.Array | Quantized) -> jax.Array:
+  return leaf.dequantize() if isinstance(leaf, Quantized) else leaf
