@@ -138,14 +138,14 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, bindings: list[str]) -> None:
   # Imported late: --help and usage errors need no accelerator.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  from optimer_jax import configs, pipeline
-  from optimer_jax.parallel.startup import start
-
   if options.verb == 'merge' and options.mergekit:
     _merge_files(options)
     return
   if not options.gin_file:
     raise UsageError('give a run with --gin_file, as in --gin_file=runs/quickstart.gin')
+  from optimer_jax import configs, pipeline
+  from optimer_jax.parallel.startup import start
+
   run = configs.read_run(options.gin_file, bindings)
   start(run.cache_path)
   verb = options.verb
