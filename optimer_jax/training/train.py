@@ -150,8 +150,8 @@ def train(
       directory begun with another identity is refused.
     mesh: devices to use.
     evaluate: held-out scores of parameters, every `evaluate_every` steps and at the end.
-    keep: what to do with the step and the leaves every `keep_every` steps; a run that is resumed
-      may come to a step again, with the same leaves.
+    keep: what to do with the step and the leaves every `keep_every` steps before the last; a run
+      that is resumed may come to a step again, with the same leaves.
 
   Returns:
     The trained leaves, and what was spent in this call: steps, tokens, seconds.
@@ -254,7 +254,7 @@ def _loop(
       settle()
       writer.write(step, **evaluate(state['params']))
       last = time.monotonic()
-    if keep and config.keep_every and step % config.keep_every == 0:
+    if keep and config.keep_every and step % config.keep_every == 0 and step < config.steps:
       settle()
       keep(step, to_leaves(model.config, state['params']))
       last = time.monotonic()

@@ -22,6 +22,7 @@ from optimer_jax.checkpoints.quantized import (
 from optimer_jax.data.sources import default_cache
 from optimer_jax.errors import UserError
 from optimer_jax.vectors.lora import open_adapter
+from optimer_jax.vectors.low_rank import sum_of_squares
 
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16, 'int8': np.int8}
 
@@ -66,8 +67,8 @@ def extract(
       to_int8 = dtype == 'int8' and channel_axes(leaf)
       compress = _as_int8 if to_int8 else functools.partial(_as_float, dtype=dtype)
       for stored, exact, restored in compress(leaf, tensor):
-        squares += _squares(exact)
-        errors += _squares(exact - restored)
+        squares += sum_of_squares(exact)
+        errors += sum_of_squares(exact - restored)
         yield stored
     facts['norm'] = squares**0.5
     facts['rounding_error'] = (errors / squares) ** 0.5 if squares else 0.0
@@ -151,9 +152,3 @@ def _as_int8(leaf: str, tensor: Tensor) -> Iterator[tuple]:
     yield (leaf, stored), exact, Quantized(stored, scales[-1]).dequantize()
   nothing = np.zeros(0, np.float32)
   yield (leaf + SCALE, np.concatenate(scales)), nothing, nothing
-
-
-def _squares(array: np.ndarray) -> float:
-  """Sum of squares: rows in float32, their sum in float64."""
-  rows = array.reshape(len(array), -1) if array.size else array.reshape(1, 0)
-  return float(np.einsum('ij,ij->i', rows, rows).sum(dtype=np.float64))
