@@ -190,10 +190,6 @@ CONFIGS = {
   'ties': MergeConfig('ties', density=0.3),
   'ties, global': MergeConfig('ties', density=0.3, scope='global'),
   'dare_ties': MergeConfig('dare_ties', density=0.5, seed=3),
-  'della': MergeConfig('della', density=0.5),
-  'breadcrumbs': MergeConfig('breadcrumbs', density=0.8),
-  'sce': MergeConfig('sce', density=0.4),
-  'model_stock': MergeConfig('model_stock'),
   'linear': MergeConfig('linear'),
   'multislerp': MergeConfig('multislerp'),
 }

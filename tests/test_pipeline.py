@@ -15,6 +15,7 @@ from optimer_jax.data.datasets import Dataset, from_jsonl, synthetic
 from optimer_jax.data.tokenizer import Tokenizer
 from optimer_jax.errors import UserError
 from optimer_jax.files import read_json, read_jsonl
+from optimer_jax.merging.candidates import MergeConfig
 from optimer_jax.pipeline import EvalConfig, Run
 from optimer_jax.search.study import StudyConfig
 from optimer_jax.training.train import TrainConfig
@@ -29,7 +30,13 @@ def make_run(directory, **changes) -> Run:
     trim_vocabulary=1,
     scan=True,
     training=TrainConfig(
-      steps=6, batch=4, learning_rate=3e-3, warmup=2, evaluate_every=3, save_every=2
+      steps=6,
+      batch=4,
+      learning_rate=3e-3,
+      warmup=2,
+      evaluate_every=3,
+      save_every=2,
+      keep_every=2,
     ),
     evaluation=EvalConfig(dev_rows=6, test_rows=6, batch=8),
     study=StudyConfig(trials=4),
@@ -163,6 +170,57 @@ def test_merge_by_hand(done):
     assert (np.abs(merged[leaf] - value) <= bound).all(), leaf
   with pytest.raises(UserError, match='one weight for each of north, east'):
     pipeline.merge(done, {'north': 1.0}, 'half')
+
+
+def test_what_inspect_leaves(done):
+  """The kept checkpoints lie on the way from base to model, and there is something to look at."""
+  vectors = done.path / 'vectors'
+  ways = read_json(vectors / 'trajectory.json')
+  assert sorted(ways) == ['east', 'north']
+  for name, way in ways.items():
+    assert way['steps'] == [2, 4, 6]
+    assert 0 < way['projection'][0] < way['projection'][1] < way['projection'][2] == 1
+    assert 0.3 < way['straightness'] < 1
+    tau = read_json(vectors / 'geometry.json')['norm'][name]
+    assert way['norm'][-1] == pytest.approx(tau, rel=1e-2)  # the vector is rounded to bfloat16
+  assert {'cosine.png', 'trajectory.png'} <= {file.name for file in vectors.glob('*.png')}
+  assert 'trajectory' in (done.path / 'report' / 'index.html').read_text()
+
+
+def test_another_method_from_compressed_vectors_and_a_model_of_others(done, tmp_path):
+  """TIES, its density searched, over int8 vectors of two data sets and of an exported model."""
+  run = make_run(
+    tmp_path / 'run',
+    cache=done.cache,
+    vectors={'other': str(done.path / 'export' / 'optimer')},
+    vector_dtype='int8',
+    merging=MergeConfig('ties', density=0.5),
+    study=StudyConfig(trials=4, density=(0.2, 0.8)),
+  )
+  for part in ('base', 'cpt'):
+    shutil.copytree(done.path / part, run.path / part)
+  pipeline.extract_all(run)
+  best = pipeline.search(run)
+  assert set(best['weights']) == {'north', 'east', 'other'}
+  assert 0.2 <= best['numbers']['density'] <= 0.8
+  path = pipeline.merge(run)
+  facts = store.read_manifest(path).facts
+  assert facts['merging']['density'] == best['numbers']['density']
+  before = (path / 'manifest.json').read_text()
+  assert pipeline.merge(run) == path and (path / 'manifest.json').read_text() == before
+  with pytest.raises(UserError, match='was written with merge method'):
+    pipeline.search(dataclasses.replace(run, merging=MergeConfig('dare_ties')))
+
+
+def test_a_merge_as_a_lora(done):
+  found = pipeline.export_lora(done, 4)
+  out = done.path / 'export' / 'optimer-lora-4'
+  assert read_json(out / 'reconstruction.json') == found
+  assert 0 < found['error_of_adapted'] < found['error'] < 1
+  more = pipeline.export_lora(done, 64, vector='north')  # as wide as k_proj
+  assert more['error_of_adapted'] < found['error_of_adapted']
+  with pytest.raises(UserError, match="no vector 'nort': there are north, east"):
+    pipeline.export_lora(done, 4, vector='nort')
 
 
 def test_damage_is_found_before_it_is_used(done, tmp_path):
