@@ -201,10 +201,17 @@ def _weights(text: str | None) -> dict[str, float] | None:
 
 def _print_geometry(found: dict) -> None:
   names = found['datasets']
-  print(f'{"":12}{"norm":>10}{"relative":>10}' + ''.join(f'{f"cos {n}":>12}' for n in names))
+  head = ''.join(f'{f"cos {name}":>12}' for name in names)
+  print(f'{"":12}{"norm":>10}{"relative":>10}{"embedding":>10}{head}')
   for name, row in zip(names, found['cosine'], strict=True):
     cosines = ''.join(f'{value:12.3f}' for value in row)
-    print(f'{name:12}{found["norm"][name]:10.3f}{found["relative_norm"][name]:10.5f}{cosines}')
+    norms = f'{found["norm"][name]:10.3f}{found["relative_norm"][name]:10.5f}'
+    print(f'{name:12}{norms}{found["embedding_share"][name]:10.1%}{cosines}')
+  if found['sign_unanimous'] is not None:
+    print(
+      f'all nonzero signs agree in {found["sign_unanimous"]:.1%} of the elements; '
+      f'{found["sign_elected"]:.1%} of the magnitude has the sign of the sum'
+    )
 
 
 def _print_lora(found: dict) -> None:

@@ -6,12 +6,14 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.test_parallel
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -30,6 +32,7 @@ from optimer_jax.gemma3 import (
   logical_axes,
   to_leaves,
 )
+from optimer_jax.merging.weighted_sum import Groups, weighted_sum
 from optimer_jax.parallel.sharding import (
   MESH_AXES,
   RULES,
@@ -142,7 +145,28 @@ def main(scan: bool, out: Path) -> None:
     'placed': all(loaded[k].sharding == places[k] for k in leaves),
     'shard': list(loaded['layers.0.attn.q_proj'].addressable_shards[0].data.shape),
   }
+  results[f'merge {int(scan)}'] = merge(Model(model.config, scan=scan), leaves, mesh)
   out.write_text(json.dumps(results))
+
+
+def merge(model: Model, leaves: dict, mesh) -> dict:
+  """A weighted sum with weights for groups, of leaves sharded over a mesh."""
+  base = from_leaves(model, leaves)
+  placement = shardings(logical_axes(model), abstract_params(model), mesh)
+  vectors = [jax.tree.map(lambda a, i=i: np.cos(a * i), base) for i in (1, 2)]
+  groups = Groups(modules=True)
+  weights = np.random.default_rng(0).random((len(groups.names(model.config)), 2), np.float32)
+  index = groups.index(model)
+  one = weighted_sum(jax.tree.map(jnp.array, base), base, vectors, weights, index)
+  many, *placed = (jax.device_put(tree, placement) for tree in (base, base, *vectors))
+  lowered = weighted_sum.lower(many, placed[0], placed[1:], weights, index).compile()
+  many = weighted_sum(many, placed[0], placed[1:], weights, index)
+  kept = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), many, placement)
+  return {
+    'equal': all(jax.tree.leaves(jax.tree.map(np.array_equal, many, one))),
+    'placed': all(jax.tree.leaves(kept)),
+    'collectives': re.findall(r'all-[a-z]+|collective-[a-z]+|reduce-scatter', lowered.as_text()),
+  }
 
 
 @pytest.fixture(scope='module')
@@ -225,6 +249,11 @@ def test_parameters_are_sharded(results, mesh, kv_heads, expected):
 
 def test_artifacts_load_onto_a_mesh(results):
   assert results['load'] == {'equal': True, 'placed': True, 'shard': [16, 1, 16]}
+
+
+@pytest.mark.parametrize('scan', [0, 1])
+def test_a_sharded_merge_needs_no_communication(results, scan):
+  assert results[f'merge {scan}'] == {'equal': True, 'placed': True, 'collectives': []}
 
 
 # Meshes and the table.
