@@ -34,6 +34,8 @@ from optimer_jax.checkpoints.names import (
   EMBEDDING,
   Source,
   Tensor,
+  by_rows,
+  contracted_axes,
   external_name,
   to_torch,
   torch_shape,
@@ -219,7 +221,9 @@ def export(
     facts['prefix'] + external_name(leaf, 0): Tensor(
       torch_shape(leaf, tensor.shape),
       dtype or base_manifest.leaves[leaf]['dtype'],
-      _as_torch(leaf, tensor),
+      by_rows(lambda x=leaf, t=tensor: to_torch(x, t.read()))
+      if contracted_axes(leaf)
+      else tensor.read,
     )
     for leaf, tensor in leaves.items()
   }
@@ -233,21 +237,6 @@ def export(
       if sound := store.sound_file(base, file):
         shutil.copy(sound, new / file)
     write_text(new / 'README.md', _model_card(manifest, base_manifest, dtype))
-
-
-def _as_torch(leaf: str, tensor: Tensor) -> Callable[..., np.ndarray]:
-  """Reads rows of the [out, in] form; a transposed leaf is read once for all of them."""
-  if not leaf.endswith('_proj'):
-    return tensor.read
-  held = None
-
-  def read(start: int = 0, stop: int | None = None) -> np.ndarray:
-    nonlocal held
-    whole = to_torch(leaf, tensor.read()) if held is None else held
-    held = None if stop in (None, len(whole)) else whole
-    return whole[start:stop]
-
-  return read
 
 
 def _full_embedding(embedding: Tensor, others: Tensor, kept: np.ndarray) -> Tensor:

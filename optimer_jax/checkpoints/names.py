@@ -100,6 +100,19 @@ def to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
   return array
 
 
+def by_rows(whole: Callable[[], np.ndarray]) -> Callable[..., np.ndarray]:
+  """`Tensor.read` of what can only be had whole: made for all rows, let go with the last."""
+  held = None
+
+  def read(start: int = 0, stop: int | None = None) -> np.ndarray:
+    nonlocal held
+    array = whole() if held is None else held
+    held = None if stop in (None, len(array)) else array
+    return array[start:stop]
+
+  return read
+
+
 def checked(tensor: Tensor | None, leaf: str, shape: tuple, key: str, where: str) -> Tensor:
   """The external tensor `key` as a leaf; a UserError names it if it is missing or misshapen."""
   if tensor is None:
@@ -111,12 +124,5 @@ def checked(tensor: Tensor | None, leaf: str, shape: tuple, key: str, where: str
     )
   if not leaf.endswith('_proj'):
     return Tensor(shape, tensor.dtype, tensor.read)
-  held = None  # transposed once for all its rows, let go with the last
-
-  def read(start: int = 0, stop: int | None = None) -> np.ndarray:
-    nonlocal held
-    whole = from_torch(leaf, tensor.read(), shape) if held is None else held
-    held = None if stop in (None, shape[0]) else whole
-    return whole[start:stop]
-
-  return Tensor(shape, tensor.dtype, read)
+  whole = lambda: from_torch(leaf, tensor.read(), shape)
+  return Tensor(shape, tensor.dtype, by_rows(whole))
