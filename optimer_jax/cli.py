@@ -139,7 +139,7 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
   # Imported late: --help and usage errors need no accelerator.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   if options.verb == 'merge' and options.mergekit:
-    _merge_files(options)
+    _merge_files(options, bindings)
     return
   if not options.gin_file:
     raise UsageError('give a run with --gin_file, as in --gin_file=runs/quickstart.gin')
@@ -157,9 +157,11 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
   elif verb == 'merge':
     changed = {key: getattr(options, key) for key in ('method', 'density')}
     changed = {key: value for key, value in changed.items() if value is not None}
+    if options.out or (changed and not options.weights):
+      raise UsageError('--out goes with --mergekit, and --method and --density with --weights')
     run = dataclasses.replace(run, merging=dataclasses.replace(run.merging, **changed))
     print(pipeline.merge(run, _weights(options.weights), options.name))
-  elif verb == 'export' and options.lora:
+  elif verb == 'export' and options.lora is not None:
     _print_lora(pipeline.export_lora(run, options.lora, options.name, options.vector))
   elif verb == 'export':
     if options.vector:
@@ -177,14 +179,15 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
     }[verb](run)
 
 
-def _merge_files(options: argparse.Namespace) -> None:
+def _merge_files(options: argparse.Namespace, bindings: list[str]) -> None:
   from optimer_jax.data.sources import default_cache
   from optimer_jax.merging.huggingface import merge_checkpoints
   from optimer_jax.merging.mergekit_yaml import read_mergekit
   from optimer_jax.parallel.startup import start
 
-  if not options.out or options.gin_file:
-    raise UsageError('--mergekit takes --out DIR, and no gin file')
+  others = [getattr(options, name) for name in ('gin_file', 'weights', 'method', 'density')]
+  if not options.out or any([*others, bindings]):
+    raise UsageError('--mergekit takes --out DIR, and nothing else but --debug')
   start(default_cache())
   merge_checkpoints(read_mergekit(options.mergekit), options.out, default_cache())
   print(options.out)

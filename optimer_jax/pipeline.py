@@ -24,7 +24,7 @@ from optimer_jax.data.mixtures import mixture
 from optimer_jax.data.rows import Rows, packed_rows, window_rows
 from optimer_jax.data.sources import default_cache
 from optimer_jax.data.tokenizer import Tokenizer, choose_kept, write_tiny_tokenizer
-from optimer_jax.errors import UserError
+from optimer_jax.errors import UsageError, UserError
 from optimer_jax.evaluation import bits_per_byte
 from optimer_jax.files import read_json, write_json, write_text
 from optimer_jax.gemma3 import Model, from_leaves
@@ -38,9 +38,9 @@ from optimer_jax.report.page import write_report
 from optimer_jax.report.style import png
 from optimer_jax.report.vector_plots import vector_figures
 from optimer_jax.search.study import StudyConfig, run_study
-from optimer_jax.training.train import TrainConfig, finish, train
+from optimer_jax.training.train import TrainConfig, finish, settings_of, train
 from optimer_jax.vectors import lora
-from optimer_jax.vectors.extract import check_parent, extract
+from optimer_jax.vectors.extract import check_parent, extract, origin
 from optimer_jax.vectors.geometry import geometry
 from optimer_jax.vectors.pool import load_pool, open_pool
 from optimer_jax.vectors.trajectory import trajectory
@@ -79,6 +79,11 @@ class Run:
   cache: str | None = None  # downloads and packed rows; default: ~/.cache/optimer_jax
   expect: str = ''  # what the pipeline says at its start of time and memory
   gin: str = ''  # the operative gin, kept with the results
+
+  def __post_init__(self):
+    for name in self.vectors:
+      if name in self.names or name == 'base':
+        raise UsageError(f'Run.vectors: the name {name!r} is taken: give the vector another one')
 
   @property
   def path(self) -> Path:
@@ -164,7 +169,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
   path, work = run.path / 'cpt' / name, run.path / 'training' / name
   base_manifest = import_base(run)
   identity = {'base': base_manifest.fingerprint, 'dataset': name, 'length': run.length}
-  settings = {**dataclasses.asdict(run.training), **identity}
+  settings = {**settings_of(run.training), **identity}
   if (path / 'manifest.json').exists():
     manifest = store.read_manifest(path, 'cpt')
     _same_settings(path, manifest.facts['settings'], settings)
@@ -179,7 +184,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
       return {'dev_bits_per_byte': found.value}
 
     def keep(step: int, leaves: dict) -> None:
-      parents, facts = {'base': base_manifest.fingerprint}, {'dataset': name, 'step': step}
+      parents, facts = {'base': base_manifest.fingerprint}, {'dataset': name, 'settings': settings}
       snapshot = run.path / 'snapshots' / name / str(step)
       store.save(snapshot, 'cpt', model.config, leaves, parents=parents, facts=facts)
 
@@ -221,19 +226,21 @@ def train_one(run: Run, name: str) -> store.Manifest:
 def extract_all(run: Run) -> None:
   """Writes RUN/vectors/NAME for each CPT model and each model of `Run.vectors`; inspects them."""
   vectors, base = run.path / 'vectors', run.path / 'base'
+  base_manifest = store.read_manifest(base, 'base')
   cpt = {name: run.path / 'cpt' / name for name in run.names}
-  made_from = {name: store.read_manifest(path, 'cpt').fingerprint for name, path in cpt.items()}
+  for path in cpt.values():
+    store.read_manifest(path, 'cpt')
   for name, model in {**cpt, **run.vectors}.items():
     path = vectors / name
+    made = {'origin': origin(model), 'dtype': run.vector_dtype}
     if (path / 'manifest.json').exists():
-      facts = store.read_manifest(path, 'vector')
-      origin = facts.parents['model'] if name in cpt else facts.facts['source']
-      if origin == made_from.get(name, model) and facts.facts['dtype'] == run.vector_dtype:
+      old = store.read_manifest(path, 'vector')
+      if made.items() <= old.facts.items() and old.parents['base'] == base_manifest.fingerprint:
         continue
     with _stage(run, f'extract/{name}'):
       extract(base, model, path, name, run.vector_dtype, run.cache_path)
-      (vectors / 'geometry.json').unlink(missing_ok=True)
-  if not (vectors / 'geometry.json').exists():
+  seen = vectors / 'geometry.json'
+  if not seen.exists() or read_json(seen).get('vectors') != _vector_fingerprints(run):
     inspect(run)
 
 
@@ -249,25 +256,31 @@ def inspect(run: Run) -> dict:
       (directory / f'{name}.png').write_bytes(png(figure))
     if ways:
       write_json(directory / 'trajectory.json', ways)
-    write_json(directory / 'geometry.json', found)
+    else:
+      (directory / 'trajectory.json').unlink(missing_ok=True)
+    write_json(directory / 'geometry.json', {**found, 'vectors': _vector_fingerprints(run)})
   return found
 
 
 def _trajectory(run: Run, name: str) -> dict | None:
   """The way from the base through the kept checkpoints to the CPT model, if any were kept."""
   base = store.open_leaves(run.path / 'base', 'base')[1]
-  kept = sorted((run.path / 'snapshots' / name).glob('[0-9]*'), key=lambda path: int(path.name))
+  end, last = store.open_leaves(run.path / 'cpt' / name, 'cpt')
+  kept = []
+  for path in (run.path / 'snapshots' / name).glob('[0-9]*'):
+    manifest, leaves = store.open_leaves(path, 'cpt')
+    if manifest.facts['settings'] == end.facts['settings']:  # not of an earlier run
+      kept.append((int(path.name), leaves))
   if not kept:
     return None
-  steps = {int(path.name): store.open_leaves(path, 'cpt')[1] for path in kept}
-  steps[run.training.steps] = store.open_leaves(run.path / 'cpt' / name, 'cpt')[1]
-  return trajectory([(0, base), *steps.items()])
+  kept.sort(key=lambda each: each[0])
+  return trajectory([(0, base), *kept, (end.facts['settings']['steps'], last)])
 
 
 def search(run: Run) -> dict:
   """Searches the merge weights on the dev rows; RUN/studies/NAME keeps every trial."""
   directory, names = run.path / 'studies' / run.study.name, [*run.vector_paths]
-  run.merging.check_searchable(len(names))
+  run.merging.check_searchable(len(names), run.study.density)
   with _stage(run, f'search/{run.study.name}') as cost:
     pool = load_pool(run.path / 'base', run.vector_paths, _model(run))
     tokenizer = _tokenizer(run)
@@ -302,7 +315,7 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
   path, merging = run.path / 'merged' / name, run.merging
   if weights is None:
     best = read_json(run.path / 'studies' / run.study.name / 'best.json')
-    weights, merging = best['weights'], merging.at(best['numbers'])
+    weights, merging = best['weights'], merging.at(best.get('numbers', {}))
   paths = run.vector_paths
   if set(weights) != set(paths):
     raise UserError(f'give one weight for each of {", ".join(paths)}, not {dict(weights)}')
@@ -392,7 +405,7 @@ def evaluate(run: Run) -> dict[str, dict]:
   for name, w in points.items():
     _evaluate_once(run, rows, name, w, identity, lambda w=w: candidate()(w))
   candidate.cache_clear()
-  merging = run.merging.at(best['numbers'])
+  merging = run.merging.at(best.get('numbers', {}))
   found = {**identity, 'merging': dataclasses.asdict(merging)}
   chosen = best['weights']
   _evaluate_once(run, rows, 'optimer', chosen, found, lambda: candidates(pool(), merging)(chosen))

@@ -16,6 +16,7 @@ from optimer_jax.errors import UsageError, UserError
 from optimer_jax.files import read_json
 from optimer_jax.gemma3 import Gemma3Config, init_leaves, leaf_shapes
 from optimer_jax.gemma3.config import to_hf
+from optimer_jax.merging import huggingface as merging_files
 from optimer_jax.merging import methods
 from optimer_jax.merging.huggingface import merge_checkpoints
 from optimer_jax.merging.mergekit_yaml import read_mergekit
@@ -137,6 +138,30 @@ def test_what_is_not_text_is_the_bases(models, tmp_path):
   assert 'task_arithmetic' in card and str(models / 'm2') in card
 
 
+def test_rows_beyond_the_text_vocabulary_are_the_bases(models, tmp_path, monkeypatch):
+  monkeypatch.setattr(merging_files, 'TEXT_VOCABULARY', 80)
+  monkeypatch.setattr(leaves_on_disk, 'BLOCK', 500)
+  merge_checkpoints(read_mergekit(describe(models, 'task_arithmetic')), tmp_path / 'o', tmp_path)
+  found, base = tensors_in(tmp_path / 'o'), tensors_in(models / 'm0')
+  for name in (HEAD, PREFIX + 'embed_tokens.weight'):
+    np.testing.assert_array_equal(found[name][80:], base[name][80:])
+    assert (found[name][:80] != base[name][:80]).any(axis=1).all()
+
+
+def test_nothing_of_others_is_replaced(models, tmp_path):
+  merge = read_mergekit(describe(models, 'task_arithmetic'))
+  (tmp_path / 'mine').mkdir()
+  with pytest.raises(UserError, match='mine exists and is no earlier merge'):
+    merge_checkpoints(merge, tmp_path / 'mine', tmp_path)
+  (models / 'mergekit_config.yml').write_text('')
+  with pytest.raises(UserError, match=r'would replace .*m1, which is merged'):
+    merge_checkpoints(merge, models, tmp_path)
+  (models / 'mergekit_config.yml').unlink()
+  assert (models / 'm1').exists()
+  for _ in range(2):
+    merge_checkpoints(merge, tmp_path / 'out', tmp_path)
+
+
 def test_a_gradient_over_layers_and_filters(models, tmp_path):
   """Every layer by its own weights; float32 out of bfloat16."""
   weight = [{'filter': 'mlp', 'value': [0.0, 1.0]}, {'value': 0.25}]
@@ -187,7 +212,8 @@ def test_the_command(models, tmp_path, capsys):
   cli.main(['merge', '--mergekit', str(file), '--out', str(tmp_path / 'out')])
   assert capsys.readouterr().out == f'{tmp_path}/out\n'
   assert tensors_in(tmp_path / 'out').keys() == tensors_in(models / 'm0').keys()
-  for wrong in (['--mergekit', str(file)], ['--out', 'x'], []):
+  given = ['--mergekit', str(file)]
+  for wrong in (given, ['--out', 'x'], [], [*given, '--out', 'x', '--gin.A.b=1']):
     with pytest.raises(SystemExit) as stop:
       cli.main(['merge', *wrong])
     assert stop.value.code == 2

@@ -271,6 +271,12 @@ def test_methods_that_no_weights_turn_into_the_base_are_not_searched():
       MergeConfig(method).check_searchable(4)
   with pytest.raises(UsageError, match="no merge method 'tise': did you mean 'ties'"):
     MergeConfig('tise').check_searchable(4)
+  with pytest.raises(UsageError, match='task_arithmetic keeps all of a vector'):
+    MergeConfig().check_searchable(4, (0.1, 0.9))
+  MergeConfig('della', density=0.5).check_searchable(4, (0.2, 0.8))
+  for bounds in ((0.1, 0.8), (0.2, 1.0)):
+    with pytest.raises(UserError, match='leaves the open interval'):
+      MergeConfig('della', density=0.5).check_searchable(4, bounds)
   with pytest.raises(UserError, match=r'density 1.5, .* is not between 0 and 1'):
     MergeConfig('ties', density=1.5).check_searchable(4)
 

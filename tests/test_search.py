@@ -323,5 +323,7 @@ def test_the_density_is_searched_beside_the_weights(tmp_path):
   assert run(tmp_path, refuse, density=(0.1, 0.9)) == best
   with pytest.raises(UserError, match='density'):
     run(tmp_path, refuse, density=(0.1, 0.8))
+  with pytest.raises(UserError, match=r'written with density 0\.1 to 0\.9, not None'):
+    run(tmp_path, refuse)
   with pytest.raises(UsageError, match='0 < lower < upper <= 1'):
     run(tmp_path / 'other', refuse, density=(0.0, 0.8))

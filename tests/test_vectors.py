@@ -167,6 +167,34 @@ def test_an_adapter_becomes_a_vector(others, tmp_path):
     np.testing.assert_allclose(leaf, delta[name].read(), rtol=0, atol=2e-5, err_msg=name)
 
 
+def test_an_adapter_of_the_whole_vocabulary_on_a_trimmed_base(others, tmp_path):
+  _, full = store.open_leaves(others / 'all0')
+  rng = np.random.default_rng(0)
+  embedding = rng.standard_normal((1024, 2)) @ rng.standard_normal((2, 96))
+  embedding = embedding.astype(np.float32)
+  zero = lambda shape: Tensor(
+    shape, 'float32', lambda start=0, stop=None: np.zeros(shape, np.float32)[start:stop]
+  )
+  delta = {name: zero(tensor.shape) for name, tensor in full.items()}
+  delta['embedder.embedding'] = Tensor(
+    (1024, 96), 'float32', lambda start=0, stop=None: embedding[start:stop]
+  )
+  export_lora(delta, tmp_path / 'adapter', 2, 'base', 'model.', include_embedding=True)
+  extract(others / 'base', tmp_path / 'adapter', tmp_path / 'v', 'adapter')
+  kept = np.load(others / 'base' / 'vocabulary.npy')
+  found = open_vector(tmp_path / 'v')['embedder.embedding'].read()
+  np.testing.assert_allclose(found, embedding[kept], rtol=0, atol=2e-5)
+
+
+def test_a_vocabulary_of_all_tokens_is_not_trimmed(others, tmp_path):
+  every = np.arange(1024, dtype=np.int32)
+  source = open_source(str(others / 'hf0'), tmp_path)
+  import_base(source, tmp_path / 'base', others / 'tokenizer', every)
+  export(tmp_path / 'base', tmp_path / 'base', tmp_path / 'out')
+  again = open_source(str(tmp_path / 'out'), tmp_path).leaves['embedder.embedding'].read()
+  np.testing.assert_array_equal(again, source.leaves['embedder.embedding'].read())
+
+
 # Refusals.
 
 

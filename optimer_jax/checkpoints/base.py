@@ -14,7 +14,7 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -97,26 +97,22 @@ def with_vocabulary(
   if kept is None:
     return source.config, source.leaves
   config = dataclasses.replace(source.config, vocab_size=len(kept))
-  full = source.leaves[EMBEDDING]
-  rows = _take(full, kept)
-  return config, source.leaves | {EMBEDDING: Tensor((len(kept), *full.shape[1:]), full.dtype, rows)}
+  return config, source.leaves | {EMBEDDING: take_rows(source.leaves[EMBEDDING], kept)}
 
 
-def _take(full: Tensor, ids: np.ndarray) -> Callable[..., np.ndarray]:
-  """Reads some rows of a tensor, of which it holds the stretch between the first and the last."""
+def take_rows(full: Tensor, ids: np.ndarray) -> Tensor:
+  """The rows `ids`, ascending, of a tensor; of it, one block at a time is in memory."""
 
   def read(start: int = 0, stop: int | None = None) -> np.ndarray:
     wanted = ids[start:stop]
-    if not len(wanted):
-      return full.read(0, 0)
-    parts = []
+    parts = [np.empty((0, *full.shape[1:]), full.dtype)]
     for begin, end in row_blocks(full.shape):
       here = wanted[np.searchsorted(wanted, begin) : np.searchsorted(wanted, end)]
       if len(here):
         parts.append(full.read(here[0], here[-1] + 1)[here - here[0]])
     return np.concatenate(parts)
 
-  return read
+  return Tensor((len(ids), *full.shape[1:]), full.dtype, read)
 
 
 def import_base(
@@ -138,6 +134,8 @@ def import_base(
   Raises:
     UserError: a tensor cannot be read, or the disk is full.
   """
+  if kept is not None and len(kept) == source.config.vocab_size:
+    kept = None
   trimmed = kept is not None
   if not trimmed and source.config.vocab_size > TEXT_VOCABULARY:
     kept = np.arange(TEXT_VOCABULARY, dtype=np.int32)
@@ -152,8 +150,7 @@ def import_base(
       np.save(new / 'vocabulary.npy', kept.astype(np.int32))
       full = source.leaves[EMBEDDING]
       others = np.setdiff1d(np.arange(full.shape[0]), kept)
-      shape = (len(others), *full.shape[1:])
-      untouched[OTHER_ROWS] = Tensor(shape, full.dtype, _take(full, others))
+      untouched[OTHER_ROWS] = take_rows(full, others)
     if untouched:
       shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in untouched.items()}
       write_safetensors(new / 'untouched.safetensors', shapes, blocks_of(untouched))
@@ -212,11 +209,9 @@ def export(
   config_json = read_json(store.sound_file(base, 'config.json'))
   if dtype:
     config_json |= {'dtype': dtype, 'torch_dtype': dtype}
-  facts, kept = base_manifest.facts, kept_vocabulary(base)
+  facts, leaves = base_manifest.facts, with_full_vocabulary(base, leaves)
   untouched = _untouched(base)
-  others = untouched.pop(OTHER_ROWS, None)
-  if kept is not None:
-    leaves[EMBEDDING] = _full_embedding(leaves[EMBEDDING], others, kept)
+  untouched.pop(OTHER_ROWS, None)
   tensors = {
     facts['prefix'] + external_name(leaf, 0): Tensor(
       torch_shape(leaf, tensor.shape),
@@ -237,6 +232,15 @@ def export(
       if sound := store.sound_file(base, file):
         shutil.copy(sound, new / file)
     write_text(new / 'README.md', _model_card(manifest, base_manifest, dtype))
+
+
+def with_full_vocabulary(base: Path | str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+  """Leaves of the base, or made from it, with the rows of the embedding that it did not keep."""
+  kept = kept_vocabulary(base)
+  if kept is None:
+    return dict(leaves)
+  others = _untouched(Path(base))[OTHER_ROWS]
+  return {**leaves, EMBEDDING: _full_embedding(leaves[EMBEDDING], others, kept)}
 
 
 def _full_embedding(embedding: Tensor, others: Tensor, kept: np.ndarray) -> Tensor:

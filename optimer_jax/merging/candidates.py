@@ -77,14 +77,24 @@ class MergeConfig:
       del values['density']
     return ', '.join(f'{key} {value}' for key, value in values.items() if value is not None)
 
-  def check_searchable(self, k: int) -> None:
-    """Refuses methods whose weights of zero are not the base, with which a search begins."""
+  def check_searchable(self, k: int, density: tuple[float, float] | None = None) -> None:
+    """Refuses what a search of K weights, and of the density between bounds, would stumble over.
+
+    Raises:
+      UsageError: an unknown method, or one whose weights of zero are not the base, with which a
+        search begins; a density where the method has none.
+      UserError: numbers that the method does not take.
+    """
     if self.method in _WITHOUT_ZERO:
       raise UsageError(
         f'{self.method} cannot be searched, as no weights of it give the base: merge with it, or '
         f'search {", ".join(sorted(set(methods.METHODS) - set(_WITHOUT_ZERO)))}'
       )
     self.numbers([1 / k] * k)
+    if density and methods.METHODS[self.method].keeps == 'all':
+      raise UsageError(f'{self.method} keeps all of a vector: it has no density to search')
+    for bound in (density[0], density[1] * (1 - 1e-6)) if density else ():
+      self.at({'density': bound}).numbers([1 / k] * k)
 
 
 def candidates(

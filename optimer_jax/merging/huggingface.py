@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optimer_jax.checkpoints.base import open_source
+from optimer_jax.checkpoints.base import TEXT_VOCABULARY, open_source
 from optimer_jax.checkpoints.huggingface import write_huggingface
 from optimer_jax.checkpoints.leaves import blocks_of
 from optimer_jax.checkpoints.names import EMBEDDING, Source, Tensor, external_name
@@ -22,12 +22,13 @@ def merge_checkpoints(merge: MergekitMerge, out: Path | str, cache: Path, seed: 
   """Merges as `mergekit-yaml` does, in float32 whatever the file's dtype says, rounding once.
 
   The files are read and written by rows, so models may be larger than memory. The text tower is
-  merged; a vision tower and its projector are the base's (the first model's, without a base), as
-  are config.json and the tokenizer. `digests.json` in the result has the digest of every tensor.
+  merged; a vision tower, its projector and the embedding rows beyond the text vocabulary are the
+  base's (the first model's, without a base), as are config.json and the tokenizer. `digests.json`
+  in the result has the digest of every tensor.
 
   Args:
     merge: from `read_mergekit`.
-    out: the directory to write, replaced if it exists.
+    out: the directory to write; an earlier merge there is replaced.
     cache: where downloaded or unpacked models are kept.
     seed: of random masks.
 
@@ -36,8 +37,10 @@ def merge_checkpoints(merge: MergekitMerge, out: Path | str, cache: Path, seed: 
 
   Raises:
     UserError: a model is missing, damaged or of another architecture than the first; a number
-      that the method does not take; the disk is full.
+      that the method does not take; `out` is something else than an earlier merge; the disk is
+      full.
   """
+  _check_out(Path(out), [*merge.models, *([merge.base] if merge.base else [])])
   models = [open_source(name, cache) for name in merge.models]
   base = open_source(merge.base, cache) if merge.base else models[0]
   for model in models:
@@ -51,7 +54,15 @@ def merge_checkpoints(merge: MergekitMerge, out: Path | str, cache: Path, seed: 
   def merged(leaves: dict[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
     plan = lambda leaf: _plan(merge, names[leaf], base.config.num_layers)
     splits = dict.fromkeys(leaves, 0)  # tensors are read as others store them
-    yield from merge_streamed(plan, leaves, vectors, dtypes, splits, seed)
+    stop = 0  # of the embedding's rows so far
+    for leaf, block in merge_streamed(plan, leaves, vectors, dtypes, splits, seed):
+      if leaf == EMBEDDING:
+        start, stop = stop, stop + len(block)
+        if stop > TEXT_VOCABULARY:
+          first = max(start, TEXT_VOCABULARY)
+          rest = base.stored[EMBEDDING].read(first, stop).astype(block.dtype)
+          block = np.concatenate([block[: first - start], rest])
+      yield leaf, block
 
   def rows() -> Iterator[tuple[str, np.ndarray]]:
     for leaf, block in merged(root):
@@ -78,6 +89,14 @@ def merge_checkpoints(merge: MergekitMerge, out: Path | str, cache: Path, seed: 
     write_json(new / 'digests.json', digests)
     write_text(new / 'README.md', _model_card(merge, base))
   return digests
+
+
+def _check_out(out: Path, inputs: list[str]) -> None:
+  if out.exists() and not (out / 'mergekit_config.yml').exists():
+    raise UserError(f'{out} exists and is no earlier merge: give another directory')
+  for name in inputs:
+    if Path(name).resolve().is_relative_to(out.resolve()):
+      raise UserError(f'{out} would replace {name}, which is merged: give another directory')
 
 
 def _pool(

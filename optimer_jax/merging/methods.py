@@ -369,7 +369,9 @@ def _gathered(kind, shape, blocks, split):
     return
   parts = list(blocks(0, shape[0]))
   vectors = [np.concatenate(rows) for rows in zip(*(part[2] for part in parts), strict=True)]
-  yield 0, np.concatenate([part[1] for part in parts]), vectors
+  base = np.concatenate([part[1] for part in parts])
+  del parts
+  yield 0, base, vectors
 
 
 def _leaf_cuts(kind, numbers, shape, blocks, split) -> np.ndarray:

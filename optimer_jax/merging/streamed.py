@@ -2,6 +2,7 @@
 
 Of a leaf, one block of rows of the base and of each of the K vectors is in memory, and the merged
 block. Methods that must know the whole leaf first (ties' threshold, slerp's angle) read it twice.
+della ranks along the rows of a projection and takes each projection whole.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -70,7 +70,7 @@ def read_ledger(
       ('the vector pool', row['pool'], pool),
       ('the data sets', sorted(row['weights']), sorted(names)),
       ('the tasks', sorted(row['scores']), sorted(tasks)),
-      *[(key, row['search'].get(key), value) for key, value in search.items()],
+      *[(key, row['search'].get(key), search.get(key)) for key in {**row['search'], **search}],
     ]:
       if there != here:
         raise UserError(

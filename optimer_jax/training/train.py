@@ -56,6 +56,11 @@ class TrainConfig:
   keep_every: int = 0  # keep the parameters, to see how straight the way was; 0 keeps none
 
 
+def settings_of(config: TrainConfig) -> dict:
+  """What the result depends on."""
+  return {key: v for key, v in dataclasses.asdict(config).items() if key != 'keep_every'}
+
+
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
   """AdamW after clipping, with linear warmup and cosine decay."""
   return optax.chain(
@@ -165,7 +170,7 @@ def train(
     raise UserError(f'{config.warmup} warmup steps do not fit into {config.steps} steps')
   if config.batch % config.accumulate:
     raise UserError(f'batch {config.batch} does not divide into {config.accumulate} pieces')
-  _check_identity(directory, {**dataclasses.asdict(config), **identity})
+  _check_identity(directory, {**settings_of(config), **identity})
   devices = make_mesh(mesh)
   rows_at_once = config.batch // config.accumulate
   if rows_at_once % (devices.shape['data'] * devices.shape['fsdp']):

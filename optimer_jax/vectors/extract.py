@@ -1,6 +1,8 @@
 """tau = theta - theta_0, leaf by leaf in float32 (arXiv 2603.28858, section 3)."""
 
+import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 from optimer_jax.checkpoints import base as bases
 from optimer_jax.checkpoints import store
 from optimer_jax.checkpoints.leaves import row_blocks
-from optimer_jax.checkpoints.names import Tensor
+from optimer_jax.checkpoints.names import EMBEDDING, Tensor
 from optimer_jax.checkpoints.quantized import (
   SCALE,
   Quantized,
@@ -56,7 +58,8 @@ def extract(
     raise UserError(f'vectors are stored as {", ".join(DTYPES)}, not {dtype!r}')
   base_manifest, base_leaves = store.open_leaves(base, 'base')
   deltas, parents, facts = _deltas(base, base_manifest, base_leaves, model, cache)
-  facts |= {'dataset': name, 'dtype': dtype, 'norm': 0.0, 'rounding_error': 0.0}
+  facts |= {'dataset': name, 'dtype': dtype, 'origin': origin(model)}
+  facts |= {'norm': 0.0, 'rounding_error': 0.0}
   shapes = {leaf: tensor.shape for leaf, tensor in base_leaves.items()}
   if dtype == 'int8':
     shapes |= {x + SCALE: scale_shape(x, shapes[x]) for x in base_leaves if channel_axes(x)}
@@ -79,6 +82,22 @@ def extract(
   )
 
 
+def origin(model: Path | str) -> str:
+  """What tells whether a model is still the one that a vector was taken of.
+
+  An artifact's fingerprint; of other files and directories a digest of names, sizes and times; else
+  the name itself.
+  """
+  path = Path(model)
+  if (path / 'manifest.json').exists():
+    return store.read_manifest(path).fingerprint
+  if not path.exists():
+    return str(model)
+  files = [path] if path.is_file() else sorted(f for f in path.rglob('*') if f.is_file())
+  lines = [f'{f.relative_to(path)} {f.stat().st_size} {f.stat().st_mtime_ns}' for f in files]
+  return hashlib.blake2b('\n'.join(lines).encode(), digest_size=16).hexdigest()
+
+
 def check_parent(manifest: store.Manifest, fingerprint: str, path, base) -> None:
   """Refuses an artifact that was made from another base."""
   parent = manifest.parents.get('base', manifest.fingerprint)
@@ -98,7 +117,13 @@ def _deltas(
 ) -> tuple[dict[str, Tensor], dict[str, str], dict]:
   """A model minus the base, as float32 leaves to be read; its parents; what is known of it."""
   if (Path(model) / 'adapter_config.json').exists():
-    adapter = open_adapter(Path(model), base_manifest.model, base_leaves)
+    kept = bases.kept_vocabulary(base)
+    full = bases.with_full_vocabulary(base, base_leaves)
+    vocabulary = full[EMBEDDING].shape[0]
+    config = dataclasses.replace(base_manifest.model, vocab_size=vocabulary)
+    adapter = open_adapter(Path(model), config, full)
+    if kept is not None:
+      adapter[EMBEDDING] = bases.take_rows(adapter[EMBEDDING], kept)
     return {x: _finite(x, t, model) for x, t in adapter.items()}, {}, {'source': str(model)}
   if (Path(model) / 'manifest.json').exists():
     manifest, leaves = store.open_leaves(model, ('cpt', 'base', 'merged'))
