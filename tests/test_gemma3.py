@@ -18,9 +18,9 @@ from optimer_jax.gemma3 import (
   Gemma3Config,
   Model,
   abstract_params,
+  decoding,
   forward,
   from_leaves,
-  generate,
   init_leaves,
   leaf_shapes,
   logical_axes,
@@ -28,7 +28,7 @@ from optimer_jax.gemma3 import (
   token_nats,
 )
 from optimer_jax.gemma3.config import from_hf, to_hf
-from optimer_jax.gemma3.transformer import hidden
+from optimer_jax.gemma3.transformer import embed_logits, hidden
 
 CONFIG = next(iter(TINY.values()))  # both kinds of layer, a remainder, two key-value heads
 BATCH, LENGTH = 2, 48
@@ -306,12 +306,13 @@ def test_gradient_never_holds_all_logits(scan):
 
 # Decoding.
 
-PROMPTS = (17, 3)
+PROMPTS = (17, 12)
 NEW = 16
 
 
 def prompts() -> tuple[np.ndarray, np.ndarray]:
   tokens = np.random.default_rng(5).integers(5, CONFIG.vocab_size, (2, 17), dtype=np.int32)
+  tokens[1, :10] = tokens[0, :10]
   return tokens, np.array(PROMPTS, np.int32)
 
 
@@ -328,27 +329,40 @@ def uncached() -> np.ndarray:
   return np.array(out)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def greedy(model, params, tokens, lengths, shared):
+  """Decoded with caches; the first `shared` tokens, alike in all rows, as a prefix (0: none)."""
+  slots, prefix = tokens.shape[1] + NEW, None
+  if shared is not None:
+    prefix = decoding.prefix_cache(model, params, tokens[0, :12], shared)
+    tokens = jnp.roll(tokens, -shared, axis=1)
+    lengths = lengths - shared
+  x, cache = decoding.prefill(model, params, tokens, lengths, slots, prefix)
+
+  def one(carry, i):
+    x, cache = carry
+    token = embed_logits(params, x).argmax(-1).astype(jnp.int32)
+    return decoding.step(model, params, token, lengths + i, cache, slots, prefix), token
+
+  return jax.lax.scan(one, (x, cache), jnp.arange(NEW))[1].T
+
+
 @BOTH
 def test_cached_decoding_equals_uncached(scan):
   model = Model(CONFIG, scan=scan)
   tokens, lengths = prompts()
   assert len(set(uncached().ravel())) > NEW / 2  # not one token over and over
   assert max(lengths) + NEW > 4 * CONFIG.window
-  found = generate(model, params_of(model), tokens, lengths, max_new=NEW, eos=300)
-  np.testing.assert_array_equal(found, uncached())
+  np.testing.assert_array_equal(greedy(model, params_of(model), tokens, lengths, None), uncached())
 
 
-def test_decoding_stops_at_eos():
-  model = Model(CONFIG, scan=True)
+@BOTH
+@pytest.mark.parametrize('shared', [1, 10])
+def test_decoding_after_a_shared_prefix(scan, shared):
+  model = Model(CONFIG, scan=scan)
   tokens, lengths = prompts()
-  expected = uncached().copy()
-  eos = int(expected[0, 4])
-  assert eos not in expected[0, :4] and eos not in expected[1, :5]
-  expected[0, 4:] = eos
-  if eos in expected[1]:
-    expected[1, list(expected[1]).index(eos) :] = eos
-  found = generate(model, params_of(model), tokens, lengths, max_new=NEW, eos=eos)
-  np.testing.assert_array_equal(found, expected)
+  found = greedy(model, params_of(model), tokens, lengths, jnp.int32(shared))
+  np.testing.assert_array_equal(found, uncached())
 
 
 def test_decoding_matches_transformers(tmp_path):
@@ -375,8 +389,7 @@ def test_decoding_matches_transformers(tmp_path):
     expected.append(whole[0, n:].numpy())
   _, leaves = read_leaves(open_source(str(tmp_path), tmp_path), None)
   model = Model(CONFIG, scan=True)
-  # The program of the test above: it was compiled for eos=300.
-  found = generate(model, from_leaves(model, leaves), tokens, lengths, max_new=NEW, eos=300)
+  found = greedy(model, from_leaves(model, leaves), tokens, lengths, None)
   np.testing.assert_array_equal(found, expected)
 
 

@@ -1,7 +1,7 @@
 """The layers of a Gemma 3 block.
 
-Shape letters: B batch, T queries, S keys, D embed, F mlp, N query heads, K key-value heads,
-G = N / K query heads per key-value head, H head_dim, V vocab.
+Shape letters: B batch, T queries, S keys, P keys of a prefix that rows share, D embed, F mlp, N
+query heads, K key-value heads, G = N / K query heads per key-value head, H head_dim, V vocab.
 
 Parameters are what Hugging Face stores, transposed to put the input first and with heads split,
 never rescaled. Every parameter carries its logical axes as the metadata `axes`. Modules are
@@ -71,10 +71,27 @@ def rotate(x: jax.Array, r: Rope) -> jax.Array:
 
 
 class KVCache(NamedTuple):
-  """Keys and values of one layer, [B, S, K, H] each; slot s holds the token at position s."""
+  """Keys and values of one layer, [B, S, K, H] each, or of a prefix that rows share, [P, K, H]."""
 
   k: jax.Array
   v: jax.Array
+
+
+class View(NamedTuple):
+  """What the queries of a forward pass may look at; the same for every layer of a kind.
+
+  Attributes:
+    mask: bool [B, T, S]: True where a query may look at a key of its own row.
+    prefix: bool [B, T, P]: the same for a prefix that all rows share, if there is one.
+    slots: int32 [B, T]: where in the cache the keys go before they are looked at; without it the
+      row's own keys are looked at.
+    keep: int32 [B, S]: which keys of the row fill a new cache, if there is to be one.
+  """
+
+  mask: jax.Array
+  prefix: jax.Array | None = None
+  slots: jax.Array | None = None
+  keep: jax.Array | None = None
 
 
 class Attention(nnx.Module):
@@ -92,21 +109,31 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm(h, 'head_dim', c.norm_eps, stack)
 
   def __call__(
-    self, x: jax.Array, r: Rope, mask: jax.Array, cache: KVCache | None, slots: jax.Array | None
+    self, x: jax.Array, r: Rope, view: View, cache: KVCache | None, prefix: KVCache | None
   ) -> tuple[jax.Array, KVCache | None]:
-    """x [B, T, D], mask [B, T, S] (True: may look); with a cache, `slots` [B, T] take the keys."""
+    """x [B, T, D] to the same, and the cache after it: filled, begun, or None as there is none."""
     q = rotate(self.q_norm(project('BTD,DNH->BTNH', x, self.q_proj[...])), r)
     k = rotate(self.k_norm(project('BTD,DKH->BTKH', x, self.k_proj[...])), r)
     v = project('BTD,DKH->BTKH', x, self.v_proj[...])
-    if cache is not None:
-      rows = jnp.arange(x.shape[0])[:, None]
-      cache = KVCache(cache.k.at[rows, slots].set(k), cache.v.at[rows, slots].set(v))
-      k, v = cache
+    rows = jnp.arange(x.shape[0])[:, None]
+    if view.slots is not None:
+      k, v = cache = KVCache(
+        cache.k.at[rows, view.slots].set(k), cache.v.at[rows, view.slots].set(v)
+      )
+    elif view.keep is not None:
+      cache = KVCache(k[rows, view.keep], v[rows, view.keep])
     q = q.reshape(*q.shape[:2], -1, self.groups, q.shape[-1])  # B T K G H
+    mask = view.mask
     logits = jnp.einsum('BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32)
+    if prefix is not None:
+      shared = jnp.einsum('BTKGH,PKH->BKGTP', q, prefix.k, preferred_element_type=jnp.float32)
+      logits, mask = jnp.concatenate([logits, shared], -1), jnp.concatenate([mask, view.prefix], -1)
     logits = jnp.where(mask[:, None, None], logits * self.scale, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-    out = jnp.einsum('BKGTS,BSKH->BTKGH', probs, v)
+    own = k.shape[1]
+    out = jnp.einsum('BKGTS,BSKH->BTKGH', probs[..., :own], v)
+    if prefix is not None:
+      out += jnp.einsum('BKGTP,PKH->BTKGH', probs[..., own:], prefix.v)
     out = out.reshape(*out.shape[:2], -1, out.shape[-1])  # B T N H
     return project('BTNH,NHD->BTD', out, self.o_proj[...]), cache
 
@@ -140,11 +167,11 @@ class Block(nnx.Module):
     self,
     x: jax.Array,
     r: Rope,
-    mask: jax.Array,
+    view: View,
     cache: KVCache | None = None,
-    slots: jax.Array | None = None,
+    prefix: KVCache | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
-    y, cache = self.attn(self.pre_attn_norm(x), r, mask, cache, slots)
+    y, cache = self.attn(self.pre_attn_norm(x), r, view, cache, prefix)
     x = x + self.post_attn_norm(y)
     x = x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
     return x, cache

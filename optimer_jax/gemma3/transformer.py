@@ -14,14 +14,19 @@ vectors and merge candidates. It has one of two layouts:
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from optimer_jax.gemma3.config import PERIOD, Gemma3Config
-from optimer_jax.gemma3.layers import Block, Embedder, KVCache, RMSNorm, rope
+from optimer_jax.gemma3.layers import Block, Embedder, KVCache, RMSNorm, View, rope
 from optimer_jax.parallel.sharding import constrain
+
+KINDS = ('local', 'global')
+# The caches of all layers: a tuple in the order of the layers, or stacks as the parameters have.
+Layers = tuple[KVCache, ...] | dict[str, KVCache]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Transformer(nnx.Module):
       self.layers = nnx.List([Block(config) for _ in range(config.num_layers)])
     self.final_norm = RMSNorm(config.embed_dim, 'embed', config.norm_eps)
 
-  def __call__(self, model: Model, tokens, positions, masks, cache, slots):
+  def __call__(self, model: Model, tokens, positions, views, cache=None, prefix=None):
     c = self.config
     ropes = {
       'local': rope(positions, c.head_dim, c.local_theta),
@@ -64,59 +69,57 @@ class Transformer(nnx.Module):
       self.embedder.encode(tokens, jnp.dtype(model.dtype)), ('batch', 'length', 'embed')
     )
     walk = self._scan if model.scan else self._unroll
-    x, cache = walk(model, x, ropes, masks, cache, slots)
+    x, cache = walk(model, x, ropes, views, cache, prefix)
     return self.final_norm(x), cache
 
-  def _unroll(self, model, x, ropes, masks, cache, slots):
-    new = []
-    for i, block in enumerate(self.layers):
+  def _unroll(self, model, x, ropes, views, cache, prefix):
+    layers, new = [None] * self.config.num_layers, []
+    for i, (block, *past) in enumerate(
+      zip(self.layers, cache or layers, prefix or layers, strict=True)
+    ):
       kind = 'global' if self.config.is_global(i) else 'local'
       graph, state = nnx.split(block)
       step = functools.partial(_block, graph)
       step = jax.checkpoint(step) if model.remat else step
-      layer_cache = jax.tree.map(lambda a, i=i: a[i], cache)
       with jax.named_scope(f'layer_{i}'):
-        x, layer_cache = step(state, x, ropes[kind], masks[kind], layer_cache, slots)
+        x, layer_cache = step(state, x, ropes[kind], views[kind], *past)
       new.append(layer_cache)
-    return x, jax.tree.map(lambda *a: jnp.stack(a), *new)
+    return x, tuple(new)
 
-  def _scan(self, model, x, ropes, masks, cache, slots):
-    c = self.config
+  def _scan(self, model, x, ropes, views, cache, prefix):
+    c, new = self.config, {}
+    cache, prefix = cache or {}, prefix or {}
 
-    def step(graph, kind, x, state, cache):
+    def step(graph, kind, x, state, *past):
       # Inside a scan nothing can be shared with the forward pass, so no barrier is needed.
       block = functools.partial(_block, graph)
       block = jax.checkpoint(block, prevent_cse=False) if model.remat else block
-      return block(state, x, ropes[kind], masks[kind], cache, slots)
+      return block(state, x, ropes[kind], views[kind], *past)
 
-    def local_layers(block, x, caches):
+    def local_layers(block, x, *past):
       graph, states = nnx.split(block)
-      return jax.lax.scan(lambda x, now: step(graph, 'local', x, *now), x, (states, caches))
+      return jax.lax.scan(lambda x, now: step(graph, 'local', x, *now), x, (states, *past))
 
     def group(x, now):
-      local, state, caches = now
-      first = jax.tree.map(lambda a: a[:-1], caches)
-      end = jax.tree.map(lambda a: a[-1], caches)
-      x, first = local_layers(nnx.merge(local_graph, local), x, first)
-      x, end = step(global_graph, 'global', x, state, end)
-      return x, jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), first, end)
+      local, state, local_past, global_past = now
+      x, local_cache = local_layers(nnx.merge(local_graph, local), x, *local_past)
+      x, global_cache = step(global_graph, 'global', x, state, *global_past)
+      return x, (local_cache, global_cache)
 
-    # Without a cache `cache` is None, a tree without leaves, and so is whatever is mapped of it.
-    cut, new = c.num_groups * PERIOD, []
+    # What is absent is None, a tree without leaves, and so is whatever is mapped of it.
+    past = {key: (cache.get(key), prefix.get(key)) for key in ('local', 'global', 'tail')}
     if c.num_groups:
       local_graph, local_states = nnx.split(self.groups['local'])
       global_graph, global_states = nnx.split(self.groups['global'])
-      caches = jax.tree.map(lambda a: a[:cut].reshape(-1, PERIOD, *a.shape[1:]), cache)
-      x, caches = jax.lax.scan(group, x, (local_states, global_states, caches))
-      new.append(jax.tree.map(lambda a: a.reshape(cut, *a.shape[2:]), caches))
+      xs = (local_states, global_states, past['local'], past['global'])
+      x, (new['local'], new['global']) = jax.lax.scan(group, x, xs)
     if c.num_tail:
-      x, caches = local_layers(self.tail, x, jax.tree.map(lambda a: a[cut:], cache))
-      new.append(caches)
-    return x, jax.tree.map(lambda *a: jnp.concatenate(a), *new)
+      x, new['tail'] = local_layers(self.tail, x, *past['tail'])
+    return x, new
 
 
-def _block(graph, state, x, r, mask, cache, slots):
-  x, cache = nnx.merge(graph, state)(x, r, mask, cache, slots)
+def _block(graph, state, x, r, view, cache, prefix):
+  x, cache = nnx.merge(graph, state)(x, r, view, cache, prefix)
   return constrain(x, ('batch', 'length', 'embed')), cache
 
 
@@ -143,6 +146,78 @@ def logical_axes(model: Model) -> dict:
   )
 
 
+class Prefix(NamedTuple):
+  """What every row begins with, computed once: see `decoding.prefix_cache`.
+
+  Attributes:
+    layers: the keys and values of each layer, arranged as the layers are. The last slot holds the
+      last token, so slots may be more than tokens, and in a local layer no more than its window.
+    length: int32 scalar, the prefix's tokens.
+  """
+
+  layers: Layers
+  length: jax.Array
+
+
+def run(
+  model: Model,
+  params: dict,
+  tokens: jax.Array,
+  positions: jax.Array,
+  views: dict[str, View],
+  cache: Layers | None = None,
+  prefix: Prefix | None = None,
+) -> tuple[jax.Array, Layers]:
+  """Hidden states [B, T, D] and the cache after them: what all forward passes have in common.
+
+  Args:
+    model: what to compute (static).
+    params: the parameter tree, in the model's layout.
+    tokens: int32 [B, T].
+    positions: int32 [B, T], for the rotary angles.
+    views: what the tokens look at in local and in global layers.
+    cache: of earlier tokens of the rows.
+    prefix: what all rows begin with.
+  """
+  graph, _ = _declare(model.config, model.scan)
+  shared = None if prefix is None else prefix.layers
+  return nnx.merge(graph, params)(model, tokens, positions, views, cache, shared)
+
+
+def within_window(
+  model: Model, kind: str, queries: jax.Array, keys: jax.Array, seen: jax.Array
+) -> jax.Array:
+  """`seen` [B, T, S], in local layers without the keys beyond the window.
+
+  Args:
+    model: whose window it is.
+    kind: 'local' or 'global'.
+    queries: int32 [B, T], positions.
+    keys: int32 [B, S] or [S], positions.
+    seen: bool, broadcastable to [B, T, S].
+  """
+  distance = queries[:, :, None] - keys[..., None, :]
+  if kind == 'global':
+    return jnp.broadcast_to(seen, distance.shape)
+  return seen & (distance < model.config.window)
+
+
+def prefix_mask(
+  model: Model, kind: str, positions: jax.Array, prefix: Prefix | None
+) -> jax.Array | None:
+  """bool [B, T, P]: what queries at `positions`, all after the prefix, see of it."""
+  if prefix is None:
+    return None
+  layers = prefix.layers
+  if isinstance(layers, tuple):
+    some = layers[0 if kind == 'local' else min(PERIOD, len(layers)) - 1]
+  else:
+    some = layers.get(kind, layers.get('tail'))
+  slots = some.k.shape[-3]
+  keys = prefix.length - slots + jnp.arange(slots)
+  return within_window(model, kind, positions, keys, keys >= 0)
+
+
 def embed_logits(params: dict, x: jax.Array) -> jax.Array:
   """Hidden states [..., D] to float32 logits [..., V] through the tied embedding."""
   table = params['embedder']['embedding'].astype(x.dtype)
@@ -155,6 +230,8 @@ def hidden(
   tokens: jax.Array,
   positions: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  branch_ids: jax.Array | None = None,
+  prefix: 'Prefix | None' = None,
 ) -> jax.Array:
   """Hidden states [B, T, D] after the last norm, of rows that may pack several documents.
 
@@ -162,21 +239,30 @@ def hidden(
     model: what to compute (static).
     params: the parameter tree, in the model's layout.
     tokens: int32 [B, T]; a document starts with BOS.
-    positions: int32 [B, T], counted from 0 in each document; default: one document a row.
+    positions: int32 [B, T], counted from 0 in each document (after a prefix: from its length);
+      default: one document a row.
     segment_ids: int32 [B, T]; tokens see their own segment only, 0 is padding.
+    branch_ids: int32 [B, T]: a segment may be a tree, a trunk (0) and then branches (1, 2, …) that
+      see the trunk and themselves only, and whose positions go on from the trunk's.
+    prefix: what every document begins with, from `prefix_cache`.
   """
   batch, length = tokens.shape
   if positions is None:
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-  at = jnp.arange(length)
-  distance = at[:, None] - at[None, :]  # T S
-  causal = jnp.broadcast_to(distance >= 0, (batch, length, length))
+  seen = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
   if segment_ids is not None:
-    causal &= segment_ids[:, :, None] == segment_ids[:, None, :]
-  masks = {'global': causal, 'local': causal & (distance < model.config.window)}
-  graph, _ = _declare(model.config, model.scan)
-  x, _ = nnx.merge(graph, params)(model, tokens, positions, masks, None, None)
-  return x
+    seen &= segment_ids[:, :, None] == segment_ids[:, None, :]
+  if branch_ids is not None:
+    keys = branch_ids[:, None, :]
+    seen &= (keys == 0) | (keys == branch_ids[:, :, None])
+  views = {
+    kind: View(
+      within_window(model, kind, positions, positions, seen),
+      prefix_mask(model, kind, positions, prefix),
+    )
+    for kind in KINDS
+  }
+  return run(model, params, tokens, positions, views, None, prefix)[0]
 
 
 def forward(
@@ -191,26 +277,3 @@ def forward(
   For losses use `token_nats`, which never holds them all.
   """
   return embed_logits(params, hidden(model, params, tokens, positions, segment_ids))
-
-
-def empty_cache(model: Model, batch: int, slots: int) -> KVCache:
-  """A cache for every layer: [L, B, S, K, H], zeros."""
-  c = model.config
-  shape = (c.num_layers, batch, slots, c.num_kv_heads, c.head_dim)
-  return KVCache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
-
-
-def cached_hidden(
-  model: Model, params: dict, tokens: jax.Array, positions: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-  """Hidden states [B, T, D] of `tokens` at `positions`, which look at the cache they enter.
-
-  A token at position p takes slot p and sees the slots up to p, so whatever padding left in
-  later slots is overwritten before it can be seen.
-  """
-  slots = jnp.arange(cache.k.shape[2])
-  distance = positions[:, :, None] - slots  # B T S
-  causal = distance >= 0
-  masks = {'global': causal, 'local': causal & (distance < model.config.window)}
-  graph, _ = _declare(model.config, model.scan)
-  return nnx.merge(graph, params)(model, tokens, positions, masks, cache, positions)

@@ -1,0 +1,48 @@
+"""What evaluation computes with, and what a prepared task is."""
+
+import dataclasses
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from optimer_jax.data.tokenizer import Tokenizer
+from optimer_jax.evaluation.scores import Score
+from optimer_jax.gemma3 import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+  """A model without its parameters: those of a candidate come with each call.
+
+  Attributes:
+    model: what to compute.
+    tokenizer: from text to tokens and back.
+    context: tokens of a prompt and its answer together, at most.
+    batch_tokens: tokens scored at once.
+    generate_rows: answers generated at once, a multiple of 4.
+    mesh: splits batches over devices; default: one device.
+  """
+
+  model: Model
+  tokenizer: Tokenizer
+  context: int = 4096
+  batch_tokens: int = 4096
+  generate_rows: int = 16
+  mesh: Mesh | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A task's split, tokenised and planned once for all candidates.
+
+  Attributes:
+    name: of the task.
+    digest: of everything that a score depends on but the parameters.
+    count: examples.
+    score: from parameters to their score.
+  """
+
+  name: str
+  digest: str
+  count: int
+  score: Callable[[dict], Score]

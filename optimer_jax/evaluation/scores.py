@@ -1,0 +1,129 @@
+"""Scores of examples, what they sum to, and how two candidates' scores are compared."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+UNITS = ('bits/byte', 'accuracy')
+DRAWS = 10_000  # of signs, for the p value of a paired difference
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """The score of every example of a task.
+
+  Attributes:
+    values: float64 [N]: bits of each example, or 1 where it was solved and 0 where not.
+    sizes: float64 [N]: bytes of each example, or ones.
+    unit: 'bits/byte' (lower is better) or 'accuracy' (higher is better).
+    truncated: prompts that were too long for the context and lost their middle.
+    tokens: that the model read or wrote for the score, padding not counted.
+  """
+
+  values: np.ndarray
+  sizes: np.ndarray
+  unit: str = 'bits/byte'
+  truncated: int = 0
+  tokens: int = 0
+
+  @property
+  def value(self) -> float:
+    """Bits per byte, or the share of solved examples."""
+    return float(self.values.sum() / self.sizes.sum())
+
+  @property
+  def loss(self) -> float:
+    """Lower is better: bits per byte, or the share of examples that were not solved."""
+    return loss(self.summary())
+
+  @property
+  def stderr(self) -> float:
+    """Standard error of `value` over examples (the ratio estimator's)."""
+    return _stderr(self.values, self.sizes)
+
+  def summary(self) -> dict:
+    """What the ledger keeps."""
+    return {
+      'value': self.value,
+      'stderr': self.stderr,
+      'count': len(self.values),
+      'unit': self.unit,
+      'tokens': self.tokens,
+      'truncated': self.truncated,
+    }
+
+  def per_example(self) -> dict:
+    """What `from_summary` needs beside the summary: lists of values and sizes."""
+    return {'values': self.values.tolist(), 'sizes': self.sizes.tolist()}
+
+
+def from_summary(summary: Mapping, per_example: Mapping) -> Score:
+  """The score that was written as `summary()` and `per_example()`."""
+  return Score(
+    np.asarray(per_example['values'], np.float64),
+    np.asarray(per_example['sizes'], np.float64),
+    summary['unit'],
+    summary['truncated'],
+    summary['tokens'],
+  )
+
+
+def loss(summary: Mapping) -> float:
+  """A score's summary as a number of which less is better; None and NaN stay NaN."""
+  value = math.nan if summary['value'] is None else summary['value']
+  return 1.0 - value if summary.get('unit') == 'accuracy' else value
+
+
+def compare(a: Mapping[str, Score], b: Mapping[str, Score]) -> dict:
+  """Paired difference of the losses a - b, per task and as the mean over tasks.
+
+  Examples are paired one to one; tasks are independent. `p` is the two-sided p value of no
+  difference: the share of sign flips of the examples' differences (a paired permutation test)
+  whose sum lies as far from 0 as the one observed.
+
+  Raises:
+    ValueError: the two were scored on other examples.
+  """
+  per_task, flipped = {}, np.zeros(DRAWS)
+  rng = np.random.default_rng(0)
+  for name, one in a.items():
+    two = b[name]
+    if not np.array_equal(one.sizes, two.sizes):
+      raise ValueError(f'{name}: the two scores are of other examples')
+    difference = (one.values - two.values) * (-1 if one.unit == 'accuracy' else 1)
+    total = one.sizes.sum()
+    # As many +1s less -1s: what the sum of differences would be if their signs meant nothing.
+    signs = rng.integers(0, 2, (DRAWS, len(difference)), np.int8) * 2 - 1
+    flips = signs @ difference / total
+    flipped += flips / len(a)
+    value = float(difference.sum() / total)
+    per_task[name] = {
+      'difference': value,
+      'stderr': _stderr(difference, one.sizes),
+      'p': _share_beyond(flips, value),
+    }
+  k = len(per_task)
+  mean = sum(t['difference'] for t in per_task.values()) / k
+  return {
+    'difference': mean,
+    'stderr': math.sqrt(sum(t['stderr'] ** 2 for t in per_task.values())) / k,
+    'p': _share_beyond(flipped, mean),
+    'per_task': per_task,
+  }
+
+
+def _share_beyond(draws: np.ndarray, value: float) -> float:
+  # The observed one is one of the draws; rounding must not put it beyond itself.
+  beyond = np.abs(draws) >= abs(value) * (1 - 1e-9)
+  return float((beyond.sum() + 1) / (len(draws) + 1))
+
+
+def _stderr(values: np.ndarray, sizes: np.ndarray) -> float:
+  """Standard error of sum(values) / sum(sizes) over n examples."""
+  n = len(values)
+  if n < 2:
+    return math.inf
+  residual = values - values.sum() / sizes.sum() * sizes
+  return float(np.sqrt(n / (n - 1) * np.square(residual).sum()) / sizes.sum())
