@@ -64,6 +64,7 @@ setup(
     'peers': ['cmaes', 'mergekit', 'optuna', 'torch==2.13.0'],
     'test': [
       'hypothesis',
+      'lm-eval==0.4.13',
       'packaging',
       'peft',
       'pytest',

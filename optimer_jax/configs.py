@@ -13,6 +13,7 @@ import gin
 from optimer_jax import pipeline
 from optimer_jax.data import datasets, sources
 from optimer_jax.errors import UsageError
+from optimer_jax.evaluation import answers, examples, generation, harness, splits, tasks
 from optimer_jax.merging import candidates
 from optimer_jax.parallel import sharding
 from optimer_jax.search import study
@@ -34,6 +35,12 @@ CONFIGURABLE = {
     sources.Parquet,
     sources.TextFiles,
   ),
+  'optimer_jax.evaluation.answers': (answers.CodeGeneration, answers.Generation),
+  'optimer_jax.evaluation.examples': (examples.Examples,),
+  'optimer_jax.evaluation.generation': (generation.Sampling,),
+  'optimer_jax.evaluation.harness': (harness.HarnessTask,),
+  'optimer_jax.evaluation.splits': (splits.Splits,),
+  'optimer_jax.evaluation.tasks': (tasks.BitsPerByte, tasks.MultipleChoice),
   'optimer_jax.merging.candidates': (candidates.MergeConfig,),
   'optimer_jax.parallel.sharding': (sharding.MeshConfig,),
   'optimer_jax.search.study': (study.StudyConfig,),

@@ -48,10 +48,12 @@ def test_every_file_is_read(file):
     assert isinstance(read(file), pipeline.Run)
     return
   # The parts stand on a run; none may be left out by it.
-  rest = {'models': 'data/synthetic.gin', 'data': 'models/tiny.gin', 'mesh': 'models/tiny.gin'}
+  rest = dict.fromkeys(('data', 'mesh', 'tasks'), 'models/tiny.gin') | {
+    'models': 'data/synthetic.gin'
+  }
   bindings = ["Run.directory='runs/x'", *BOUND['runs/folder.gin'][1][1:]]
   files = [file, rest[file.split('/')[0]]]
-  if file.startswith('mesh/'):
+  if file.startswith(('mesh/', 'tasks/')):
     files.append('data/synthetic.gin')
   if file != 'data/folder.gin':
     bindings.pop()

@@ -86,7 +86,8 @@ def imports(file):
       names.add(node.module.partition('.')[0])
   own = {'optimer_jax', 'benchmarks', 'launch', 'tests'}
   if PACKAGE not in file.parents:
-    own |= {f.stem for f in file.parent.glob('*.py')}
+    # pytest puts the folders of a test file, up to tests/, on the path.
+    own |= {f.stem for folder in (file.parent, ROOT / 'tests') for f in folder.glob('*.py')}
   return at_once - own - sys.stdlib_module_names, later - own - sys.stdlib_module_names
 
 

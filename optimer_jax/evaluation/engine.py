@@ -30,6 +30,11 @@ class Engine:
   generate_rows: int = 16
   mesh: Mesh | None = None
 
+  @property
+  def shards(self) -> int:
+    """How many devices share the rows of a batch."""
+    return self.mesh.shape['data'] * self.mesh.shape['fsdp'] if self.mesh else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
