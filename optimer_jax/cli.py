@@ -52,10 +52,17 @@ Reads RUN/merged/NAME and RUN/base. Writes RUN/export/NAME: safetensors, config.
 a model card. With --lora RANK, writes what it adds to the base (or --vector NAME, a vector) as a
 PEFT adapter to RUN/export/NAME-lora-RANK, and what the rank loses to reconstruction.json. Costs
 seconds (a LoRA: minutes for large models) and the size of the model.""",
-  'evaluate': """Bits per byte of base, CPT models, their average, OptiMer and its export.
+  'evaluate': """Scores models on the tasks' test split, which training and search have not seen.
 
-Reads the test text, which neither training nor search has seen. Writes RUN/evaluations. Costs one
-evaluation of the test rows for each model.""",
+Reads the test text and tasks, and base, CPT models, their average, OptiMer and its export; or the
+models given with --model: those names (base, cpt-ja, average, optimer, exported), weights of the
+vectors (ja=0.5 or ja=0.3,zh=0.2), an artifact (cpt/ja, merged/mine, or its path), or a Hugging Face
+directory or hub id, a GGUF. --tasks adds tasks: NAME of gin/tasks/NAME.gin, or of one of
+lm-evaluation-harness (--gin.HarnessTask.include="'DIR'" for task files of your own). Without a gin
+file, scores one model of others, given with --model, in runs/MODEL. Writes RUN/evaluations: scores,
+each example's score, how often test was looked at; what was scored before is not scored again.
+--compare A B scores both and tests their difference in pairs. Costs one evaluation of the test data
+for each model.""",
   'report': """Draws what the run directory holds as one HTML page.
 
 Writes RUN/report/index.html and the pictures beside it. Costs seconds.""",
@@ -117,6 +124,10 @@ def _parser() -> argparse.ArgumentParser:
       '--gin_bindings', action='append', default=[], metavar="'A.b = …'", help='may be repeated'
     )
     sub.add_argument('--debug', action='store_true', help='show a traceback when it fails')
+    if verb == 'evaluate':
+      sub.add_argument('--model', action='append', default=[], metavar='M', help='may be repeated')
+      sub.add_argument('--tasks', default='', metavar='NAME,…', help='score these too')
+      sub.add_argument('--compare', nargs=2, metavar=('A', 'B'), help='two models, in pairs')
     if verb == 'train':
       sub.add_argument('--dataset', metavar='NAME', help='train on this data set only')
     if verb == 'merge':
@@ -140,6 +151,9 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   if options.verb == 'merge' and options.mergekit:
     _merge_files(options, bindings)
+    return
+  if options.verb == 'evaluate':
+    _evaluate(options, bindings)
     return
   if not options.gin_file:
     raise UsageError('give a run with --gin_file, as in --gin_file=runs/quickstart.gin')
@@ -167,8 +181,6 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
     if options.vector:
       raise UsageError('a vector is exported as a LoRA: add --lora RANK')
     print(pipeline.export(run, options.name))
-  elif verb == 'evaluate':
-    _print_scores(pipeline.evaluate(run), run.names)
   else:
     {
       'pipeline': pipeline.pipeline,
@@ -191,6 +203,26 @@ def _merge_files(options: argparse.Namespace, bindings: list[str]) -> None:
   start(default_cache())
   merge_checkpoints(read_mergekit(options.mergekit), options.out, default_cache())
   print(options.out)
+
+
+def _evaluate(options: argparse.Namespace, bindings: list[str]) -> None:
+  from optimer_jax import configs
+  from optimer_jax.evaluate import compare, evaluate, looks, name_of
+  from optimer_jax.parallel.startup import start
+
+  models = [*options.model, *(m for m in options.compare or () if m not in options.model)]
+  tasks = [name for name in options.tasks.split(',') if name]
+  if not options.gin_file:
+    if len(models) != 1:
+      raise UsageError('give a run with --gin_file, or the one --model to score without a run')
+    alone = {'directory': f'runs/{name_of(models[0])}', 'base': models[0], 'datasets': ()}
+    bindings = [*(f'run.Run.{key} = {value!r}' for key, value in alone.items()), *bindings]
+  run = configs.read_run(options.gin_file, bindings, tasks)
+  start(run.cache_path)
+  _print_scores(evaluate(run, models), looks(run))
+  if options.compare:
+    _print_comparison(compare(run, *map(name_of, options.compare)))
+  print(run.path / 'evaluations')
 
 
 def _weights(text: str | None) -> dict[str, float] | None:
@@ -225,9 +257,26 @@ def _print_lora(found: dict) -> None:
   print(f'{"everything":38}{found["error"]:10.4f}')
 
 
-def _print_scores(results: dict, names: tuple[str, ...]) -> None:
-  print(f'{"bits per byte":16}' + ''.join(f'{name:>10}' for name in (*names, 'mean')))
-  for name, found in results.items():
-    if name != 'comparisons':
-      values = [found['scores'][task]['value'] for task in names] + [found['mean']]
-      print(f'{name:16}' + ''.join(f'{value:10.4f}' for value in values))
+def _print_scores(results: dict, looks: dict[str, int]) -> None:
+  from optimer_jax.evaluation.scores import shown
+
+  first = next(iter(results.values()))
+  width = max(map(len, results)) + 2
+  for task, score in first['scores'].items():
+    models = f'{looks[task]} model{"s" * (looks[task] > 1)}'
+    print(f'{task}: {score["count"]} test examples, which {models} were scored on so far')
+    for name, found in results.items():
+      if summary := found['scores'].get(task):
+        cut = f', {summary["truncated"]} prompts truncated' if summary['truncated'] else ''
+        print(f'  {name:{width}}{shown(summary)}{cut}')
+  if len(first['scores']) > 1:
+    print('mean loss (bits per byte, 1 - accuracy) over the tasks that are searched')
+    for name, found in results.items():
+      mean = 'not finite' if found['mean'] is None else f'{found["mean"]:.4f}'
+      print(f'  {name:{width}}{mean}')
+
+
+def _print_comparison(found: dict) -> None:
+  print(f'{found["a"]} - {found["b"]}, losses: below 0, {found["a"]} is better')
+  for task, row in [*found['per_task'].items(), ('mean', found)]:
+    print(f'  {task:20}{row["difference"]:+.4f} ± {row["stderr"]:.4f}  p = {row["p"]:.4f}')

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gin
-from optimer_jax import pipeline
+from optimer_jax import run as runs
 from optimer_jax.data import datasets, sources
 from optimer_jax.errors import UsageError
 from optimer_jax.evaluation import answers, examples, generation, harness, splits, tasks
@@ -20,7 +20,7 @@ from optimer_jax.search import study
 from optimer_jax.training import train
 
 CONFIGURABLE = {
-  'optimer_jax.pipeline': (pipeline.Run, pipeline.EvalConfig),
+  'optimer_jax.run': (runs.Run, runs.EvalConfig),
   'optimer_jax.data.datasets': (
     datasets.Dataset,
     datasets.from_folder,
@@ -58,8 +58,13 @@ def gin_search_paths() -> list[Path]:
   return [Path.cwd(), installed if installed.is_dir() else package.parent / 'gin']
 
 
-def read_run(files: Sequence[str], bindings: Sequence[str]) -> pipeline.Run:
+def read_run(files: Sequence[str], bindings: Sequence[str], tasks: Sequence[str] = ()) -> runs.Run:
   """The run that gin files and bindings describe.
+
+  Args:
+    files: gin files, by a name that `gin_search_paths` knows or a path.
+    bindings: as in a gin file; they come last.
+    tasks: more to score on test: NAME of tasks/NAME.gin, or of one of lm-evaluation-harness.
 
   Raises:
     UsageError: a file is not found, or a name or value in a file or binding is wrong; the nearest
@@ -70,18 +75,46 @@ def read_run(files: Sequence[str], bindings: Sequence[str]) -> pipeline.Run:
     for member in members:
       # Known by these names in bindings, whether or not a file has mentioned them.
       gin.external_configurable(member, module=module)
+  gin.external_configurable(asked_tasks, module='optimer_jax.configs')
   # gin's own readers take data/x.gin for a file of a Python package `data`, where there is one.
   gin.config._FILE_READERS[:] = [(_open, lambda file: _find(file) is not None)]
   for file in files:
     _check_file(file)
     _parse(lambda file=file: gin.parse_config_file(file), f'in {file}')
+  if tasks:
+    _parse(lambda: gin.parse_config(_asked(tasks)), f'in the tasks {", ".join(tasks)}')
   for binding in bindings:
     _check_macro(binding)
     _parse(lambda binding=binding: gin.parse_config(binding), f'in the binding {binding!r}')
   _parse(gin.finalize, 'in the gin configuration')
-  run = _parse(gin.get_configurable(pipeline.Run), 'in the gin configuration')
+  run = _parse(gin.get_configurable(runs.Run), 'in the gin configuration')
+  if tasks:
+    asked = _parse(gin.get_configurable(asked_tasks), 'in the gin configuration')
+    known = {*run.names, *(task.name for task in (*run.tasks, *run.test_tasks))}
+    more = tuple(task for task in asked if task.name not in known)
+    run = dataclasses.replace(run, test_tasks=(*run.test_tasks, *more))
   _check_types(run)
   return dataclasses.replace(run, gin=gin.operative_config_str())
+
+
+def asked_tasks(tasks: tuple = ()) -> tuple:
+  """The tasks of the command line, which gin makes."""
+  return tasks
+
+
+def _asked(tasks: Sequence[str]) -> str:
+  """gin that makes the tasks of these names."""
+  lines, made = [], []
+  for number, name in enumerate(dict.fromkeys(tasks)):
+    if _find(f'tasks/{name}.gin'):
+      lines.append(f"include 'tasks/{name}.gin'")
+      made.append(f'%{name}')
+    else:
+      task = f'asked_{number}/harness.HarnessTask'
+      lines += [f'{task}.{key} = {name!r}' for key in ('name', 'task')]
+      lines.append(f'{task}.divide = False')
+      made.append(f'@{task}()')
+  return '\n'.join([*lines, f'configs.asked_tasks.tasks = ({"".join(f"{m}, " for m in made)})'])
 
 
 def _parse(action, where: str):

@@ -4,110 +4,45 @@ Each verb is a function of a `Run`. A stage whose result stands in the run direc
 the same settings, is not done again; one that was interrupted goes on where it was.
 """
 
-import contextlib
 import dataclasses
-import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 
 from optimer_jax.checkpoints import base as bases
 from optimer_jax.checkpoints import store
 from optimer_jax.checkpoints.names import contracted_axes
-from optimer_jax.data.datasets import Dataset
 from optimer_jax.data.mixtures import mixture
-from optimer_jax.data.rows import Rows, packed_rows, window_rows
-from optimer_jax.data.sources import default_cache
+from optimer_jax.data.rows import packed_rows
 from optimer_jax.data.tokenizer import Tokenizer, choose_kept, write_tiny_tokenizer
-from optimer_jax.errors import UsageError, UserError
-from optimer_jax.evaluation import bits_per_byte
+from optimer_jax.errors import UserError
+from optimer_jax.evaluate import evaluate
 from optimer_jax.files import read_json, write_json, write_text
-from optimer_jax.gemma3 import Model, from_leaves
-from optimer_jax.merging.candidates import MergeConfig, candidates
+from optimer_jax.merging.candidates import candidates
 from optimer_jax.merging.streamed import difference, merge_streamed
-from optimer_jax.parallel.sharding import MeshConfig
-from optimer_jax.parallel.startup import release_memory
 from optimer_jax.progress import say
-from optimer_jax.report import costs
 from optimer_jax.report.page import write_report
 from optimer_jax.report.style import png
 from optimer_jax.report.vector_plots import vector_figures
-from optimer_jax.search.study import StudyConfig, run_study
-from optimer_jax.training.train import TrainConfig, finish, settings_of, train
+from optimer_jax.run import (
+  Run,
+  best_of,
+  engine_of,
+  model_of,
+  prepare,
+  stage,
+  tasks_of,
+  text_task,
+  vector_fingerprints,
+)
+from optimer_jax.search.study import run_study
+from optimer_jax.training.train import finish, settings_of, train
 from optimer_jax.vectors import lora
 from optimer_jax.vectors.extract import check_parent, extract, origin
 from optimer_jax.vectors.geometry import geometry
 from optimer_jax.vectors.pool import load_pool, open_pool
 from optimer_jax.vectors.trajectory import trajectory
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-  """Bits per byte on held-out rows, one window of one document each."""
-
-  dev_rows: int = 64  # of each data set, for the search
-  test_rows: int = 64  # of each data set, for the result
-  batch: int = 8  # rows at once
-  seed: int = 0  # of the choice of rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """One run directory and everything that its results depend on."""
-
-  directory: str
-  base: str  # what `checkpoints.base.open_source` takes
-  datasets: tuple[Dataset, ...]
-  length: int = 1024  # tokens of a row, T
-  trim_vocabulary: int = 0  # keep tokens seen this often in the training text; 0 keeps them all
-  dtype: str = 'float32'  # of activations and matrix products; bfloat16 on accelerators
-  scan: bool | None = None  # scan over layers; default: everywhere but on CPU
-  remat: bool = True  # compute a layer again for its gradient, to save memory
-  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-  training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-  evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-  study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
-  merging: MergeConfig = dataclasses.field(default_factory=MergeConfig)
-  vectors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> model to extract
-  vector_dtype: str = 'float32'
-  export_dtype: str | None = None  # default: that of the base
-  cache: str | None = None  # downloads and packed rows; default: ~/.cache/optimer_jax
-  expect: str = ''  # what the pipeline says at its start of time and memory
-  gin: str = ''  # the operative gin, kept with the results
-
-  def __post_init__(self):
-    for name in self.vectors:
-      if name in self.names or name == 'base':
-        raise UsageError(f'Run.vectors: the name {name!r} is taken: give the vector another one')
-
-  @property
-  def path(self) -> Path:
-    return Path(self.directory)
-
-  @property
-  def names(self) -> tuple[str, ...]:
-    """Of the data sets."""
-    return tuple(dataset.name for dataset in self.datasets)
-
-  @property
-  def vector_paths(self) -> dict[str, Path]:
-    """The pool: the vectors of the data sets, and of models that were trained elsewhere."""
-    return {name: self.path / 'vectors' / name for name in (*self.names, *self.vectors)}
-
-  @property
-  def cache_path(self) -> Path:
-    return Path(self.cache) if self.cache else default_cache()
-
-  def dataset(self, name: str) -> Dataset:
-    for dataset in self.datasets:
-      if dataset.name == name:
-        return dataset
-    raise UserError(f'the run has no data set {name!r}; it has {", ".join(self.names)}')
 
 
 def pipeline(run: Run) -> None:
@@ -144,7 +79,7 @@ def import_base(run: Run) -> store.Manifest:
     manifest = store.read_manifest(path, 'base')
     _same_settings(path, manifest.facts['settings'], settings)
     return manifest
-  with _stage(run, 'import'), tempfile.TemporaryDirectory() as tokenizer_path:
+  with stage(run, 'import'), tempfile.TemporaryDirectory() as tokenizer_path:
     source = bases.open_source(run.base, run.cache_path)
     tokenizer_path = Path(tokenizer_path)
     texts = [dataset.train for dataset in run.datasets]
@@ -174,14 +109,14 @@ def train_one(run: Run, name: str) -> store.Manifest:
     manifest = store.read_manifest(path, 'cpt')
     _same_settings(path, manifest.facts['settings'], settings)
     return manifest
-  with _stage(run, f'train/{name}') as cost:
-    model, tokenizer = _model(run), _tokenizer(run)
-    rows = packed_rows(dataset.train, tokenizer, run.length, _rows_cache(run))
-    dev = _held_out(run, tokenizer, dataset, 'dev')
+  with stage(run, f'train/{name}') as cost:
+    engine = engine_of(run)
+    model = engine.model
+    rows = packed_rows(dataset.train, engine.tokenizer, run.length, run.cache_path / 'rows')
+    dev = text_task(run, dataset, 'dev').prepare(engine, 'dev')
 
     def held_out(params: dict) -> dict[str, float]:
-      found = bits_per_byte.score(model, params, dev, run.evaluation.batch)
-      return {'dev_bits_per_byte': found.value}
+      return {'dev_bits_per_byte': dev.score(params).value}
 
     def keep(step: int, leaves: dict) -> None:
       parents, facts = {'base': base_manifest.fingerprint}, {'dataset': name, 'settings': settings}
@@ -237,17 +172,17 @@ def extract_all(run: Run) -> None:
       old = store.read_manifest(path, 'vector')
       if made.items() <= old.facts.items() and old.parents['base'] == base_manifest.fingerprint:
         continue
-    with _stage(run, f'extract/{name}'):
+    with stage(run, f'extract/{name}'):
       extract(base, model, path, name, run.vector_dtype, run.cache_path)
   seen = vectors / 'geometry.json'
-  if not seen.exists() or read_json(seen).get('vectors') != _vector_fingerprints(run):
+  if not seen.exists() or read_json(seen).get('vectors') != vector_fingerprints(run):
     inspect(run)
 
 
 def inspect(run: Run) -> dict:
   """What the vectors look like and how straight training was, into RUN/vectors: JSON and PNG."""
   directory = run.path / 'vectors'
-  with _stage(run, 'inspect'):
+  with stage(run, 'inspect'):
     pool = open_pool(run.path / 'base', run.vector_paths)
     found = geometry(pool.base, pool.vectors)
     ways = {name: _trajectory(run, name) for name in run.names}
@@ -258,7 +193,7 @@ def inspect(run: Run) -> dict:
       write_json(directory / 'trajectory.json', ways)
     else:
       (directory / 'trajectory.json').unlink(missing_ok=True)
-    write_json(directory / 'geometry.json', {**found, 'vectors': _vector_fingerprints(run)})
+    write_json(directory / 'geometry.json', {**found, 'vectors': vector_fingerprints(run)})
   return found
 
 
@@ -278,30 +213,32 @@ def _trajectory(run: Run, name: str) -> dict | None:
 
 
 def search(run: Run) -> dict:
-  """Searches the merge weights on the dev rows; RUN/studies/NAME keeps every trial."""
+  """Searches the merge weights on the tasks' dev split; RUN/studies/NAME keeps every trial."""
   directory, names = run.path / 'studies' / run.study.name, [*run.vector_paths]
   run.merging.check_searchable(len(names), run.study.density)
-  with _stage(run, f'search/{run.study.name}') as cost:
-    pool = load_pool(run.path / 'base', run.vector_paths, _model(run))
-    tokenizer = _tokenizer(run)
-    rows = {d.name: _held_out(run, tokenizer, d, 'dev') for d in run.datasets}
+  with stage(run, f'search/{run.study.name}') as cost:
+    pool = load_pool(run.path / 'base', run.vector_paths, model_of(run))
+    engine = engine_of(run)
+    tasks = prepare(tasks_of(run, 'dev'), engine, 'dev')
     candidate, spent = candidates(pool, run.merging), {'flops': 0.0, 'tokens': 0}
 
-    def evaluate(point: Mapping[str, float]) -> dict:
-      began = time.monotonic()
-      found = _score_all(run, candidate(point), rows)
-      flops = _flops(run, rows)
+    def evaluate_point(point: Mapping[str, float]) -> dict:
+      began, params = time.monotonic(), candidate(point)
+      scores = {name: task.score(params) for name, task in tasks.items()}
+      tokens = sum(score.tokens for score in scores.values())
+      flops = tokens * engine.model.config.flops_per_token(run.length)
       spent['flops'] += flops
-      spent['tokens'] += sum(r.tokens.size for r in rows.values())
+      spent['tokens'] += tokens
       return {
-        'scores': {name: s.summary() for name, s in found.items()},
+        'scores': {name: score.summary() for name, score in scores.items()},
+        'per_example': {name: score.per_example() for name, score in scores.items()},
         'seconds': time.monotonic() - began,
         'flops': flops,
       }
 
-    tasks = {name: r.digest for name, r in rows.items()}
+    digests = {name: task.digest for name, task in tasks.items()}
     method = run.merging.identity(searched=bool(run.study.density))
-    best = run_study(directory, names, evaluate, run.study, pool.fingerprint, tasks, method)
+    best = run_study(directory, names, evaluate_point, run.study, pool.fingerprint, digests, method)
     cost.update(spent)
   return best
 
@@ -314,12 +251,12 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
   """
   path, merging = run.path / 'merged' / name, run.merging
   if weights is None:
-    best = read_json(run.path / 'studies' / run.study.name / 'best.json')
+    best = best_of(run)
     weights, merging = best['weights'], merging.at(best.get('numbers', {}))
   paths = run.vector_paths
   if set(weights) != set(paths):
     raise UserError(f'give one weight for each of {", ".join(paths)}, not {dict(weights)}')
-  vectors = _vector_fingerprints(run)
+  vectors = vector_fingerprints(run)
   facts = {
     'weights': dict(weights),
     'vectors': vectors,
@@ -329,7 +266,7 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
     old = store.read_manifest(path, 'merged').facts
     if all(old.get(key) == value for key, value in facts.items()):
       return path
-  with _stage(run, f'merge/{name}'):
+  with stage(run, f'merge/{name}'):
     pool = open_pool(run.path / 'base', paths)
     plan = merging.kind, merging.numbers([weights[each] for each in pool.vectors])
     base = pool.manifests['base']
@@ -353,7 +290,7 @@ def export(run: Run, name: str = 'optimer') -> Path:
   made = (out / 'README.md').read_text(encoding='utf-8') if (out / 'README.md').exists() else ''
   if f'{manifest.fingerprint}, written in {run.export_dtype or "the dtype of"}' in made:
     return out
-  with _stage(run, f'export/{name}'):
+  with stage(run, f'export/{name}'):
     bases.export(run.path / 'merged' / name, run.path / 'base', out, run.export_dtype)
   return out
 
@@ -374,58 +311,9 @@ def export_lora(run: Run, rank: int, name: str = 'optimer', vector: str | None =
   else:
     raise UserError(f'there is no vector {vector!r}: there are {", ".join(run.vector_paths)}')
   out = run.path / 'export' / f'{vector or name}-lora-{rank}'
-  with _stage(run, f'export/{out.name}'):
+  with stage(run, f'export/{out.name}'):
     facts = manifest.facts
     return lora.export_lora(leaves, out, rank, facts['source'], facts['prefix'])
-
-
-def evaluate(run: Run) -> dict[str, dict]:
-  """Scores base, CPT models, their average, OptiMer and its export on the test rows.
-
-  RUN/evaluations/NAME.json keeps the score of every example, comparisons.json the paired
-  differences.
-  """
-  directory = run.path / 'evaluations'
-  tokenizer = _tokenizer(run)
-  rows = {d.name: _held_out(run, tokenizer, d, 'test') for d in run.datasets}
-  best = read_json(run.path / 'studies' / run.study.name / 'best.json')
-  names = [*run.vector_paths]
-  points = {
-    'base': dict.fromkeys(names, 0.0),
-    **{f'cpt-{n}': {m: float(m == n) for m in names} for n in names},
-    'average': dict.fromkeys(names, 1 / len(names)),
-  }
-  identity = {
-    'vectors': _vector_fingerprints(run),
-    'rows': {n: r.digest for n, r in rows.items()},
-    'export_dtype': run.export_dtype,
-  }
-  pool = functools.cache(lambda: load_pool(run.path / 'base', run.vector_paths, _model(run)))
-  candidate = functools.cache(lambda: candidates(pool()))  # made when it is first needed
-  for name, w in points.items():
-    _evaluate_once(run, rows, name, w, identity, lambda w=w: candidate()(w))
-  candidate.cache_clear()
-  merging = run.merging.at(best.get('numbers', {}))
-  found = {**identity, 'merging': dataclasses.asdict(merging)}
-  chosen = best['weights']
-  _evaluate_once(run, rows, 'optimer', chosen, found, lambda: candidates(pool(), merging)(chosen))
-  pool.cache_clear()  # so that the pool and the export are not held together
-  _evaluate_once(run, rows, 'exported', chosen, found, lambda: _exported(run))
-  results = {path.stem: read_json(path) for path in directory.glob('*.json')}
-  scores = {
-    name: {
-      task: bits_per_byte.Score(np.asarray(x['nats']), np.asarray(x['bytes']))
-      for task, x in found['per_example'].items()
-    }
-    for name, found in results.items()
-    if name != 'comparisons'
-  }
-  comparisons = [
-    {'a': 'optimer', 'b': other, **bits_per_byte.compare(scores['optimer'], scores[other])}
-    for other in ('average', 'base', *(f'cpt-{n}' for n in names), 'exported')
-  ]
-  write_json(directory / 'comparisons.json', comparisons)
-  return results
 
 
 def report(run: Run) -> Path:
@@ -435,101 +323,6 @@ def report(run: Run) -> Path:
   page = write_report(run.path)
   say(f'report: {page}')
   return page
-
-
-def _evaluate_once(
-  run: Run,
-  rows: Mapping[str, Rows],
-  name: str,
-  weights: Mapping[str, float],
-  identity: Mapping,
-  params: Callable[[], dict],
-) -> None:
-  path = run.path / 'evaluations' / f'{name}.json'
-  identity = {**identity, 'weights': dict(weights)}
-  if path.exists() and read_json(path).get('identity') == identity:
-    return
-  with _stage(run, f'evaluate/{name}') as cost:
-    found = _score_all(run, params(), rows)
-    cost.update(flops=_flops(run, rows), tokens=sum(r.tokens.size for r in rows.values()))
-  values = [score.value for score in found.values()]
-  write_json(
-    path,
-    {
-      'name': name,
-      'split': 'test',
-      'weights': dict(weights),
-      'scores': {task: score.summary() for task, score in found.items()},
-      'mean': sum(values) / len(values),
-      'per_example': {
-        task: {'nats': score.nats.tolist(), 'bytes': score.bytes.tolist()}
-        for task, score in found.items()
-      },
-      'flops': cost['flops'],
-      'identity': identity,
-    },
-  )
-
-
-def _exported(run: Run) -> dict:
-  """The exported checkpoint, read again in the dtype that it was written in."""
-  source = bases.open_source(str(run.path / 'export' / 'optimer'), run.cache_path)
-  config, leaves = bases.read_leaves(source, bases.kept_vocabulary(run.path / 'base'))
-  model = dataclasses.replace(_model(run), config=config)
-  return jax.tree.map(jnp.asarray, from_leaves(model, leaves))
-
-
-@contextlib.contextmanager
-def _stage(run: Run, name: str) -> Iterator[dict]:
-  """Accounts for a stage, and starts it without the memory that the last one left behind."""
-  release_memory()
-  with costs.account(run.path, name) as cost:
-    yield cost
-
-
-def _model(run: Run) -> Model:
-  config = store.read_manifest(run.path / 'base', 'base').model
-  scan = jax.default_backend() != 'cpu' if run.scan is None else run.scan
-  return Model(config, dtype=run.dtype, scan=scan, remat=run.remat)
-
-
-def _tokenizer(run: Run) -> Tokenizer:
-  base = run.path / 'base'
-  store.sound_file(base, 'tokenizer.json')
-  return Tokenizer.load(base, bases.kept_vocabulary(base))
-
-
-def _held_out(run: Run, tokenizer: Tokenizer, dataset: Dataset, split: str) -> Rows:
-  count = run.evaluation.dev_rows if split == 'dev' else run.evaluation.test_rows
-  return window_rows(
-    getattr(dataset, split),
-    tokenizer,
-    run.length,
-    count,
-    run.evaluation.seed,
-    _rows_cache(run),
-  )
-
-
-def _rows_cache(run: Run) -> Path:
-  return run.cache_path / 'rows'
-
-
-def _vector_fingerprints(run: Run) -> dict[str, str]:
-  paths = run.vector_paths
-  return {name: store.read_manifest(path, 'vector').fingerprint for name, path in paths.items()}
-
-
-def _score_all(run: Run, params: dict, rows: Mapping[str, Rows]) -> dict[str, bits_per_byte.Score]:
-  model = _model(run)
-  return {
-    name: bits_per_byte.score(model, params, r, run.evaluation.batch) for name, r in rows.items()
-  }
-
-
-def _flops(run: Run, rows: Mapping[str, Rows]) -> float:
-  config = _model(run).config
-  return sum(r.tokens.size * config.flops_per_token(run.length) for r in rows.values())
 
 
 def _keep_gin(run: Run) -> None:

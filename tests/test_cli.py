@@ -56,7 +56,7 @@ def test_usage_errors_are_one_sentence(capsys, arguments, sentence):
 
 def test_a_mistake_in_a_file_names_the_file(capsys, tmp_path):
   file = tmp_path / 'mine.gin'
-  file.write_text("include 'runs/quickstart_tiny.gin'\npipeline.Run.lenght = 3\n")
+  file.write_text("include 'runs/quickstart_tiny.gin'\nrun.Run.lenght = 3\n")
   code, err = run(capsys, 'train', f'--gin_file={file}')
   assert code == 2 and f'in {file}' in err and 'did you mean length?' in err
 

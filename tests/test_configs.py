@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import gin
-from optimer_jax import configs, pipeline
+from optimer_jax import configs
+from optimer_jax import run as runs
 from optimer_jax.errors import UsageError
 from optimer_jax.gemma3 import SIZES
 
@@ -45,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize('file', FILES)
 def test_every_file_is_read(file):
   if file in RUNS:
-    assert isinstance(read(file), pipeline.Run)
+    assert isinstance(read(file), runs.Run)
     return
   # The parts stand on a run; none may be left out by it.
   rest = dict.fromkeys(('data', 'mesh', 'tasks'), 'models/tiny.gin') | {
@@ -57,7 +58,7 @@ def test_every_file_is_read(file):
     files.append('data/synthetic.gin')
   if file != 'data/folder.gin':
     bindings.pop()
-  assert isinstance(configs.read_run(files, bindings), pipeline.Run)
+  assert isinstance(configs.read_run(files, bindings), runs.Run)
 
 
 def test_every_size_has_a_file():

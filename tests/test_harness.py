@@ -23,8 +23,7 @@ from optimer_jax.data.tokenizer import BYTES, Tokenizer, write_tiny_tokenizer
 from optimer_jax.errors import UsageError, UserError
 from optimer_jax.evaluation import harness
 from optimer_jax.evaluation.engine import Engine
-from optimer_jax.evaluation.harness import HarnessTask, evaluate, language_model
-from optimer_jax.evaluation.scores import Score
+from optimer_jax.evaluation.harness import HarnessTask, language_model
 from optimer_jax.files import read_jsonl
 from optimer_jax.gemma3 import Gemma3Config, Model, from_leaves
 
@@ -202,22 +201,6 @@ def test_generations_match(engine, params, theirs, tasks):
 # Results.
 
 
-def test_evaluate_gives_errors_and_examples(engine, params, tasks):
-  found = evaluate(engine, params, ['choice', 'rolling', 'generation'], tasks, limit=8)
-  for name, key in (('choice', 'acc,none'), ('generation', 'exact_match,letter')):
-    row = found[name]['metrics'][key]
-    assert row['count'] == len(row['per_example']) == 8 and found[name]['shots'] == 0
-    assert row['value'] == pytest.approx(np.mean(row['per_example']))
-    assert row['stderr'] == pytest.approx(np.std(row['per_example']) / np.sqrt(7))
-  assert set(found['generation']['metrics']) == {'exact_match,whole', 'exact_match,letter'}
-  row = found['rolling']['metrics']['bits_per_byte,none']
-  nats, size = np.array(row['per_example']).T
-  assert row['value'] == pytest.approx(-nats.sum() / size.sum() / np.log(2))
-  expected = Score(-nats / np.log(2), size, 'bits/byte', 0, 0)
-  assert row['stderr'] == pytest.approx(expected.stderr)
-  assert len(found['choice']['samples']) == 8
-
-
 @pytest.mark.parametrize(
   ('task', 'metric', 'key'),
   [
@@ -228,24 +211,25 @@ def test_evaluate_gives_errors_and_examples(engine, params, tasks):
   ],
 )
 def test_halves_are_the_whole(engine, params, tasks, task, metric, key):
-  expected = evaluate(engine, params, [task], tasks)[task]['metrics'][key]
   halves = [HarnessTask('x', task, metric, tasks).prepare(engine, s) for s in ('dev', 'test')]
-  assert halves[0].digest != halves[1].digest and min(half.count for half in halves) > 0
+  undivided = HarnessTask('x', task, metric, tasks, divide=False)
+  whole = undivided.prepare(engine, 'test')
+  assert len({whole.digest, *(half.digest for half in halves)}) == 3
+  assert min(half.count for half in halves) > 0
+  assert sum(half.count for half in halves) == whole.count
   scores = [half.score(params) for half in halves]
-  assert [len(score.values) for score in scores] == [half.count for half in halves]
-  assert sum(half.count for half in halves) == expected['count']
-  values = np.concatenate([score.values for score in scores])
-  sizes = np.concatenate([score.sizes for score in scores])
-  assert values.sum() / sizes.sum() == pytest.approx(expected['value'], rel=1e-6)
-  pairs = expected['per_example']
-  if task == 'rolling':
-    assert {score.unit for score in scores} == {'bits/byte'}
-    pairs = [(-nats / np.log(2), size) for nats, size in pairs]
-  else:
-    assert {score.unit for score in scores} == {'accuracy'}
-    pairs = [(value, 1) for value in pairs]
-  found = sorted(zip(sizes, values, strict=True))
-  np.testing.assert_allclose(found, sorted((b, a) for a, b in pairs), rtol=1e-5)
+  expected = whole.score(params)
+  assert expected.unit == ('bits/byte' if task == 'rolling' else 'accuracy')
+  assert {score.unit for score in scores} == {expected.unit}
+  pairs = [pair for s in scores for pair in zip(s.sizes, s.values, strict=True)]
+  found = [*zip(expected.sizes, expected.values, strict=True)]
+  assert len(pairs) == whole.count
+  np.testing.assert_allclose(sorted(pairs), sorted(found), rtol=1e-5)
+  # What lm-eval itself makes of the same responses.
+  theirs, _ = run(language_model(engine, params), task, tasks)
+  assert expected.value == pytest.approx(theirs[key], rel=1e-6)
+  with pytest.raises(UsageError, match='x is not divided and has no dev'):
+    undivided.prepare(engine, 'dev')
 
 
 def test_cut_prompts_are_counted(engine, params, tasks):
@@ -315,7 +299,7 @@ def test_shots_are_never_of_the_other_half(tasks):
   names = {}
   for split in ('dev', 'test'):
     (task,) = harness._manager(['choice'], tasks).load(['choice'])['tasks'].values()
-    assert harness._build(task, split, None, 2)
+    assert harness._build(task, split, HarnessTask('x', 'choice', shots=2))
     own = {instance.doc['question'].split()[0] for instance in task.instances}
     prompts = {instance.args[0] for instance in task.instances}
     shown = {name for prompt in prompts for name in re.findall(r'q\d+', prompt)}
@@ -370,7 +354,6 @@ def test_lm_eval_is_asked_for_only_when_needed(monkeypatch, engine):
   harness._language_model_class.cache_clear()
   for call in (
     lambda: language_model(engine),
-    lambda: evaluate(engine, {}, ['choice']),
     lambda: HarnessTask('x', 'choice').prepare(engine, 'dev'),
   ):
     with pytest.raises(UserError, match=r'pip install "optimer_jax\[lm_eval\]"'):

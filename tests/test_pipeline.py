@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from small_run import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_jax import pipeline
@@ -16,43 +17,7 @@ from optimer_jax.data.tokenizer import Tokenizer
 from optimer_jax.errors import UsageError, UserError
 from optimer_jax.files import read_json, read_jsonl
 from optimer_jax.merging.candidates import MergeConfig
-from optimer_jax.pipeline import EvalConfig, Run
 from optimer_jax.search.study import StudyConfig
-from optimer_jax.training.train import TrainConfig
-
-
-def make_run(directory, **changes) -> Run:
-  run = Run(
-    directory=str(directory),
-    base='random:tiny',
-    datasets=(synthetic('north'), synthetic('east')),
-    length=64,
-    trim_vocabulary=1,
-    scan=True,
-    training=TrainConfig(
-      steps=6,
-      batch=4,
-      learning_rate=3e-3,
-      warmup=2,
-      evaluate_every=3,
-      save_every=2,
-      keep_every=2,
-    ),
-    evaluation=EvalConfig(dev_rows=6, test_rows=6, batch=8),
-    study=StudyConfig(trials=4),
-    vector_dtype='bfloat16',
-    export_dtype='bfloat16',
-    cache=str(directory.parent / 'cache'),
-    gin='# as bound',
-  )
-  return dataclasses.replace(run, **changes)
-
-
-@pytest.fixture(scope='module')
-def done(tmp_path_factory) -> Run:
-  run = make_run(tmp_path_factory.mktemp('pipeline') / 'run')
-  pipeline.pipeline(run)
-  return run
 
 
 def test_every_artifact_is_there_and_knows_its_parents(done):
@@ -141,7 +106,7 @@ def test_other_settings_in_the_same_directory_are_refused(done):
     training = dataclasses.replace(done.training, seed=1)
     pipeline.train_one(dataclasses.replace(done, training=training), 'north')
   with pytest.raises(
-    UserError, match=r'development data .*north .*, not .*north .*: give the study'
+    UserError, match='development data of east, north are not those of trial 1 in'
   ):
     fewer = dataclasses.replace(done.evaluation, dev_rows=5)
     pipeline.search(dataclasses.replace(done, evaluation=fewer))

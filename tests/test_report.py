@@ -12,173 +12,16 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from fake_vectors import write_vectors
+from fake_run import DATASETS, fake_run, rows, shown, words
 
 from optimer_jax.errors import UserError
-from optimer_jax.evaluation.bits_per_byte import Score, compare
 from optimer_jax.files import append_jsonl, read_json, read_jsonl, write_json, write_text
-from optimer_jax.report.blocks import Text
-from optimer_jax.report.outcome import outcome
+from optimer_jax.report.held_out import gains, looked
+from optimer_jax.report.outcome import gain, mean, outcome
 from optimer_jax.report.page import render, write_report
-from optimer_jax.report.read import fault, mean, paired, read_run, stages
+from optimer_jax.report.read import fault, paired, read_run, stages
 from optimer_jax.report.sections import build
 from optimer_jax.report.style import DARK, LIGHT
-
-DATASETS = ('code', 'ja', 'math', 'zh')
-LEVELS = {'code': 0.92, 'ja': 1.45, 'math': 0.71, 'zh': 1.83}
-
-
-def fake_run(
-  run: Path, datasets: tuple[str, ...] = DATASETS, trials: int = 24, seed: int = 0
-) -> Path:
-  """Writes what a finished run leaves: each domain's loss is quadratic in the merge weights."""
-  rng = np.random.default_rng(seed)
-  size = len(datasets)
-  level = np.array([LEVELS.get(name, 1 + i / size) for i, name in enumerate(datasets)])
-  best = rng.uniform(0.15, 0.6, size)
-  own = np.eye(size) + 0.12 * rng.uniform(-0.2, 1, (size, size))
-  start = np.einsum('ij,j->i', own, best)
-
-  def loss(weights: np.ndarray) -> np.ndarray:
-    """Bits per byte of each domain: 7% of its level gained at its own optimum."""
-    away = own @ weights - start
-    return level * (1 - 0.07 + 0.07 * (away / start) ** 2 + 0.004 * weights.sum() ** 2)
-
-  def sample(count: int, source: np.random.Generator) -> dict:
-    return {
-      name: (source.integers(600, 1100, count), source.normal(1, 0.12, count)) for name in datasets
-    }
-
-  def score(weights: np.ndarray, texts: dict, noise: np.random.Generator) -> tuple[dict, dict]:
-    scores, examples = {}, {}
-    for name, value in zip(datasets, loss(weights), strict=True):
-      size_, hard = texts[name]
-      nats = value * math.log(2) * size_ * hard * noise.normal(1, 0.004, len(size_))
-      rate = nats.sum() / size_.sum()
-      rest = np.sqrt(((nats - rate * size_) ** 2).sum()) / size_.sum()
-      scores[name] = {
-        'value': rate / math.log(2),
-        'stderr': rest / math.log(2),
-        'count': len(size_),
-        'unit': 'bits/byte',
-      }
-      examples[name] = {'nats': nats.tolist(), 'bytes': size_.tolist()}
-    return scores, examples
-
-  def average(scores: dict) -> float:
-    return float(np.mean([one['value'] for one in scores.values()]))
-
-  named = lambda weights: dict(zip(datasets, map(float, weights), strict=True))
-  write_json(
-    run / 'base' / 'manifest.json',
-    {
-      'kind': 'base',
-      'fingerprint': 'b3:6f1d0c4e9a7758e2',
-      'model': {'name': 'gemma3-270m', 'vocabulary': 17408, 'layers': 18, 'rope': {'local': 1e4}},
-      'versions': {'jax': '0.10.2', 'flax': '0.12.8', 'optimer_jax': '0.1.0'},
-      'notes': ['Vocabulary trimmed to the 17,408 pieces that occur in the corpora <of 262,144>.'],
-    },
-  )
-  write_text(run / 'operative.gin', "import optimer_jax\nsearch.study.trials = 24 # <&>'\n" * 20)
-  for i, name in enumerate(datasets):
-    for step in range(1, 49):
-      value = (2.4 + 0.5 * i) * (1 - 0.1 * (1 - math.exp(-step / 15)) + rng.normal(0, 0.02))
-      append = {'step': step, 'loss': value, 'tokens_per_s': 350.0, 'learning_rate': 4e-5}
-      _line(run / 'cpt' / name / 'metrics.jsonl', append)
-      if step % 12 == 0 or step == 1:
-        dev = level[i] * (1 - 0.06 * (1 - math.exp(-step / 18)))
-        _line(run / 'cpt' / name / 'metrics.jsonl', {'step': step, 'dev_bits_per_byte': dev})
-  write_vectors(run / 'vectors', datasets, np.random.default_rng(seed + 3))
-
-  dev = sample(32, np.random.default_rng(seed + 1))
-  rows = []
-  for i in range(trials):
-    if i < 2:
-      weights, sampler = np.full(size, (1 - i) / size), 'seed'
-    else:
-      spread = 0.5 if i < 8 else 0.12
-      weights, sampler = np.clip(best + rng.normal(0, spread, size), 0, 1), 'vizier'
-    if i == trials - 1:
-      weights, sampler = best + rng.normal(0, 0.02, size), 'surrogate'
-    scores, _ = score(weights, dev, rng)
-    rows.append(
-      {
-        'trial': i,
-        'sampler': sampler,
-        'weights': named(weights),
-        'scores': scores,
-        'objective': average(scores),
-        'seconds': 8.1,
-        'flops': 1.2e12,
-        'pool': 'b3:77aa',
-        'time': '2026-01-02T03:04:05Z',
-      }
-    )
-    _line(run / 'studies' / 'mean' / 'trials.jsonl', rows[-1])
-  found = np.array(list(rows[-1]['weights'].values()))
-  write_json(
-    run / 'studies' / 'mean' / 'best.json',
-    {
-      'objective': 'mean',
-      'best_observed': min(rows, key=lambda row: row['objective']),
-      'surrogate_optimum': {**rows[-1], 'predicted': rows[-1]['objective'] - 0.0011},
-      'chosen': 'surrogate_optimum',
-      'weights': named(found),
-      'ratios': named(found / found.sum()),
-      'evaluations': trials,
-    },
-  )
-
-  test = sample(64, np.random.default_rng(seed + 2))
-  candidates = {'base': np.zeros(size), 'average': np.full(size, 1 / size), 'optimer': found}
-  # A short CPT run stops well before its own domain's optimum.
-  candidates |= {f'cpt-{name}': np.eye(size)[i] * best[i] for i, name in enumerate(datasets)}
-  candidates['exported'] = found
-  for name, weights in candidates.items():
-    scores, examples = score(weights, test, rng)
-    write_json(
-      run / 'evaluations' / f'{name}.json',
-      {
-        'name': name,
-        'split': 'test',
-        'weights': None if name == 'base' or name.startswith('cpt-') else named(weights),
-        'scores': scores,
-        'per_example': examples,
-        'mean': average(scores),
-        'seconds': 21.0,
-        'flops': 3.1e12,
-      },
-    )
-  read = read_run(run)
-  write_json(
-    run / 'evaluations' / 'comparisons.json',
-    [
-      paired(read, 'optimer', other)
-      for other in ('base', *(f'cpt-{name}' for name in datasets), 'average')
-    ],
-  )
-  for stage, seconds, flops, tokens, peak in (
-    ('data', 41.0, 0, 0, 0.9),
-    ('import', 33.2, 0, 0, 2.1),
-    *((f'train/{name}', 139.0 + i, 3.1e13, 24576, 5.6) for i, name in enumerate(datasets)),
-    (f'train/{datasets[0]}', 66.5, 1.5e13, 12288, 5.7),
-    ('extract', 12.1, 0, 0, 3.0),
-    ('search/mean', 301.7, 2.9e13, 786432, 4.4),
-    ('evaluate', 188.8, 2.2e13, 524288, 3.3),
-    ('export', 9.7, 0, 0, 2.8),
-  ):
-    _line(
-      run / 'costs.jsonl',
-      {'stage': stage, 'seconds': seconds, 'flops': flops, 'tokens': tokens, 'peak_rss_gb': peak},
-    )
-  return run
-
-
-def _line(path: Path, row: dict) -> None:
-  # append_jsonl without its fsync, which a hundred lines a run would wait for.
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, 'a', encoding='utf-8') as file:
-    file.write(json.dumps(row) + '\n')
 
 
 @pytest.fixture(scope='module')
@@ -202,32 +45,7 @@ def copy(full, tmp_path) -> Path:
   return tmp_path / 'demo'
 
 
-def words(sections: list) -> str:
-  """The paragraphs of a page that has not been drawn."""
-  return '\n'.join(
-    block.text for section in sections for block in section.blocks if isinstance(block, Text)
-  )
-
-
-def rows(tree: ElementTree.Element, caption: str) -> dict[str, list[str]]:
-  """The body of the table with this caption: row heading to the text of its cells."""
-  for table in tree.iter('table'):
-    found = table.find('caption')
-    if found is not None and caption in found.text:
-      break
-  else:
-    raise AssertionError(f'no table {caption}')
-  return {
-    row[0].text: [' | '.join(t.strip() for t in cell.itertext() if t.strip()) for cell in row[1:]]
-    for row in table.find('tbody')
-  }
-
-
-def shown(value: float, digits: int = 4) -> str:
-  return f'{value:.{digits}f}'.replace('-', '−')
-
-
-SECTIONS = ['weights', 'scores', 'search', 'space', 'gap', 'vectors', 'training', 'costs', 'model']
+SECTIONS = ['weights', 'scores', 'gap', 'search', 'space', 'vectors', 'training', 'costs', 'model']
 
 
 def test_full_run_has_every_section_and_picture(full, written, tree):
@@ -272,7 +90,7 @@ def luminance(color: str) -> float:
 
 
 def test_numbers_are_the_artifacts(full, tree):
-  table = rows(tree, 'Test bits per byte')
+  table = rows(tree, 'Test bits per byte ±')
   labels = {'base': 'base', 'average': 'uniform average', 'optimer': 'OptiMer'}
   labels |= {f'cpt-{name}': f'CPT {name}' for name in DATASETS}
   labels['exported'] = 'OptiMer, exported'
@@ -301,7 +119,9 @@ def test_numbers_are_the_artifacts(full, tree):
   pairs = rows(tree, 'Paired differences')
   for row in read_json(full / 'evaluations' / 'comparisons.json'):
     value, error = pairs[f'OptiMer − {labels[row["b"]]}'][0].split(' | ')
-    assert value.lstrip('+') == shown(row['difference']) and error == f'± {shown(row["stderr"])}'
+    p = 'p < 0.001' if row['p'] < 0.001 else f'p = {row["p"]:.3f}'
+    assert value.lstrip('+') == shown(row['difference'])
+    assert error == f'± {shown(row["stderr"])}, {p}'
   costs = read_jsonl(full / 'costs.jsonl')
   text = ''.join(tree.itertext())
   assert f'{sum(row["seconds"] for row in costs):,.1f}' in text
@@ -319,7 +139,7 @@ def test_outcome_says_what_the_difference_means(full, copy, written):
   assert sentence in html.unescape(written)
   average = next(c for c in data.comparisons if c['b'] == 'average')
   assert f'difference {shown(average["difference"])} ± {shown(average["stderr"])}' in sentence
-  assert f'{shown(mean(data.evaluations["optimer"]))} bits per byte' in sentence
+  assert f'{shown(mean(data, "optimer").value)} bits per byte on the test text' in sentence
   file = copy / 'evaluations' / 'comparisons.json'
   for difference, stderr, verdict in (
     (-0.0021, 0.001, 'better than'),
@@ -336,37 +156,18 @@ def test_paired_stderr_is_that_of_the_paired_differences(copy):
   other = read_json(copy / 'evaluations' / 'average.json')
   (copy / 'evaluations' / 'comparisons.json').unlink()
   for value in (base, other):
-    value['per_example'] = {'ja': {'nats': [], 'bytes': [200] * 40}}
+    value['per_example'] = {'ja': {'values': [], 'sizes': [200] * 40}}
     value['scores'] = {'ja': {'value': 1.0, 'stderr': 0.5}}
-    value.pop('mean')
   rng = np.random.default_rng(3)
   one, two = rng.normal(200, 20, 40), rng.normal(0, 2, 40)
-  base['per_example']['ja']['nats'] = one.tolist()
-  other['per_example']['ja']['nats'] = (one + two).tolist()
+  base['per_example']['ja']['values'] = one.tolist()
+  other['per_example']['ja']['values'] = (one + two).tolist()
   write_json(copy / 'evaluations' / 'base.json', base)
   write_json(copy / 'evaluations' / 'average.json', other)
-  expected = two.std(ddof=1) / math.sqrt(40) / 200 / math.log(2)
+  expected = two.std(ddof=1) / math.sqrt(40) / 200
   found = paired(read_run(copy), 'average', 'base')
-  assert found['per_task']['ja']['stderr'] == pytest.approx(expected)
-  assert found['stderr'] == pytest.approx(expected)
-
-
-def test_paired_agrees_with_the_evaluation(full, copy):
-  (copy / 'evaluations' / 'comparisons.json').unlink()
-  data = read_run(copy)
-  one, two = (
-    {
-      task: Score(np.array(rows['nats']), np.array(rows['bytes']))
-      for task, rows in data.evaluations[name]['per_example'].items()
-    }
-    for name in ('optimer', 'average')
-  )
-  expected = compare(one, two)
-  found = paired(data, 'optimer', 'average')
-  assert found['difference'] == pytest.approx(expected['difference'])
-  assert found['stderr'] == pytest.approx(expected['stderr'])
-  for task, values in expected['per_task'].items():
-    assert found['per_task'][task] == pytest.approx(values)
+  assert found['ja'].value == pytest.approx(two.mean() / 200)
+  assert found['ja'].stderr == pytest.approx(expected)
 
 
 FILES = {  # what a run can lack, and what the page must then say
@@ -376,6 +177,8 @@ FILES = {  # what a run can lack, and what the page must then say
   'vectors/geometry.json': 'vectors/geometry.json',
   'studies/mean/trials.jsonl': 'studies/NAME/trials.jsonl',
   'studies/mean/best.json': r'studies/(NAME|mean)/best\.json',
+  'studies/mean/examples.jsonl': 'studies/mean/examples.jsonl',
+  'evaluations/test_looks.jsonl': 'evaluations/test_looks.jsonl',
   'evaluations/comparisons.json': 'evaluations/comparisons.json',
   **{
     f'evaluations/{name}.json': f'evaluations/{name}.json'
@@ -383,6 +186,9 @@ FILES = {  # what a run can lack, and what the page must then say
   },
   **{f'cpt/{name}/metrics.jsonl': f'cpt/({name}|NAME)/metrics.jsonl' for name in DATASETS},
 }
+
+
+UNSCORED = ('evaluations/comparisons.json', 'evaluations/test_looks.jsonl')  # then not missed
 
 
 @pytest.mark.parametrize('seed', range(8))
@@ -402,7 +208,11 @@ def test_partial_runs_name_what_is_missing(copy, seed):
   text = words(sections)
   scored = list((copy / 'evaluations').glob('[!c]*.json')) or list(copy.glob('evaluations/cpt*'))
   for name, said in FILES.items():
-    needless = name == 'evaluations/comparisons.json' and not scored
+    needless = name in UNSCORED and not scored
+    # Without trials or an answer there are no gains whose examples could be missing.
+    needless |= name == 'studies/mean/examples.jsonl' and bool(
+      {'studies/mean/trials.jsonl', 'studies/mean/best.json'} & set(gone)
+    )
     assert (re.search(said, text) is not None) == (name in gone) or needless, name
   assert not data.problems
   ElementTree.fromstring(render(data, sections if seed < 2 else sections[:2]))
@@ -438,17 +248,20 @@ def test_damaged_json_is_named(copy, name):
 
 
 def test_damaged_lines_are_counted(copy):
-  for name in ('costs.jsonl', 'studies/mean/trials.jsonl', 'cpt/ja/metrics.jsonl'):
+  logs = ('costs.jsonl', 'studies/mean/trials.jsonl', 'studies/mean/examples.jsonl')
+  logs += ('cpt/ja/metrics.jsonl', 'evaluations/test_looks.jsonl')
+  for name in logs:
     lines = (copy / name).read_bytes().splitlines(keepends=True)
     (copy / name).write_bytes(
       b''.join([lines[0][:9] + b'\n', b'{}\n', *lines[2:-1], lines[-1][:9]])
     )
   data = read_run(copy)
-  assert len(data.problems) == 3
+  assert len(data.problems) == len(logs)
   for problem in data.problems:
     # A line of metrics needs only its step, and {} has none.
     assert ' 3 lines that are cut short or damaged' in problem
-  assert len(data.studies[0].trials) == 21
+  assert len(data.studies[0].trials) == len(data.studies[0].examples) == 21
+  assert looked(data) == (5, 5)
 
 
 def test_random_damage_never_stops_the_report(copy):
@@ -550,12 +363,18 @@ def test_quickstart_report(full, copy):
   assert found['peak_rss_gb'] == 5.7
   optimer = read_json(full / 'evaluations' / 'optimer.json')
   expected = {name: score['value'] for name, score in optimer['scores'].items()}
-  assert found['bpb']['optimer'] == expected | {'mean': optimer['mean']}
+  assert found['bpb']['optimer'] == pytest.approx(expected | {'mean': optimer['mean']})
   assert list(found['bpb']['cpt']) == list(DATASETS)
   assert found['weights'] == optimer['weights']
   average = read_json(full / 'evaluations' / 'average.json')['mean']
   assert found['optimer_minus_average']['difference'] == pytest.approx(optimer['mean'] - average)
   assert found['optimer_minus_average']['stderr'] > 0 and 'mean' in found['exported']
+  dev, test = gains(read_run(full), 'average')['mean']
+  assert found['gain_over_average']['development'] == {'gain': dev.value, 'stderr': dev.stderr}
+  assert found['gain_over_average']['test'] == {'gain': test.value, 'stderr': test.stderr}
+  assert f'{gain(dev, "bits/byte")} on development, {gain(test, "bits/byte")} on' in done.stdout
+  assert 'test was scored 8 times, for 8 models\n' in done.stdout
+  assert done.stdout.startswith('test bits per byte ') and '%' not in done.stdout
 
   (copy / 'evaluations' / 'optimer.json').unlink()
   done = call(copy)

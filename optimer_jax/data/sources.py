@@ -35,13 +35,13 @@ class Jsonl:
 
   def documents(self) -> Iterator[Document]:
     found = False
-    with _open(self.path) as file:
+    with open_bytes(self.path) as file:
       for number, line in enumerate(file, 1):
         where = f'{self.path}:{number}'
         if not line.strip():
           continue
         try:
-          row = json.loads(_decode(line, where))
+          row = json.loads(decode(line, where))
         except ValueError as error:
           raise UserError(f'{where} is not JSON ({error}): write one JSON object a line') from None
         if not isinstance(row, dict):
@@ -64,11 +64,11 @@ class TextFiles:
     return str(self.pattern)
 
   def documents(self) -> Iterator[Document]:
-    paths = _matching(self.pattern)
+    paths = matching(self.pattern)
     found = False
     for path in paths:
-      with _open(path) as file:
-        text = _decode(file.read(), path)
+      with open_bytes(path) as file:
+        text = decode(file.read(), path)
       if text.strip():
         found = True
         yield Document(text, _printable(path))
@@ -90,14 +90,14 @@ class Parquet:
     import pyarrow
     import pyarrow.parquet
 
-    _open(self.path).close()
+    open_bytes(self.path).close()
     row = 0
     found = False
     try:
       with pyarrow.parquet.ParquetFile(self.path) as file:
         names = file.schema_arrow.names
         if self.column not in names:
-          hint = _nearest(self.column, names)
+          hint = nearest(self.column, names)
           raise UserError(f'{self.path} has no column "{self.column}"{hint}')
         for batch in file.iter_batches(columns=[self.column]):
           for value in batch.column(0):
@@ -132,7 +132,7 @@ class ArrayRecord:
     return str(self.pattern)
 
   def documents(self) -> Iterator[Document]:
-    paths = _matching(self.pattern)
+    paths = matching(self.pattern)
     found = False
     for path in paths:
       for number, record in enumerate(_records(path)):
@@ -146,10 +146,10 @@ class ArrayRecord:
 
   def _document(self, record: bytes, where: str, source: str) -> Document:
     if self.text is None:
-      text = _decode(record, where)
+      text = decode(record, where)
       return Document(text if text.strip() else '', _printable(source))
     try:
-      row = json.loads(_decode(record, where))
+      row = json.loads(decode(record, where))
     except ValueError as error:
       raise UserError(
         f'{where} is not JSON ({error}): for records of plain text set text = None'
@@ -188,7 +188,7 @@ class Hub:
         'elsewhere and give the file with Jsonl or Parquet'
       ) from None
     if self.column not in rows.column_names:
-      hint = _nearest(self.column, rows.column_names)
+      hint = nearest(self.column, rows.column_names)
       raise UserError(f'{self} has no column "{self.column}"{hint}')
     found = False
     for row, value in enumerate(rows[self.column]):
@@ -214,7 +214,7 @@ class Recipe:
   def documents(self) -> Iterator[Document]:
     if self.split not in recipes.SPLITS:
       raise UserError(
-        f'{self.name} has no split "{self.split}"{_nearest(self.split, recipes.SPLITS)}'
+        f'{self.name} has no split "{self.split}"{nearest(self.split, recipes.SPLITS)}'
       )
     cache = Path(self.cache) if self.cache else default_cache()
     directory = cache / 'recipes' / f'{self.name}-{recipes.VERSION}'
@@ -238,7 +238,7 @@ class Synthetic:
   def documents(self) -> Iterator[Document]:
     for name, known in ((self.name, synthetic.LANGUAGES), (self.split, synthetic.DOCUMENTS)):
       if name not in known:
-        raise UserError(f'synthetic text has no "{name}"{_nearest(name, known)}')
+        raise UserError(f'synthetic text has no "{name}"{nearest(name, known)}')
     for number, text in enumerate(synthetic.texts(self.name, self.split, self.seed)):
       yield Document(text, f'{self.name}/{self.split}/{number}')
 
@@ -254,14 +254,14 @@ def _printable(name: str) -> str:
   return name.encode('utf-8', 'replace').decode()
 
 
-def _matching(pattern: str) -> list[str]:
+def matching(pattern: str) -> list[str]:
   paths = sorted(path for path in glob.glob(str(pattern), recursive=True) if Path(path).is_file())
   if not paths:
     raise UserError(f'no file matches {pattern}: check the path')
   return paths
 
 
-def _open(path: str):
+def open_bytes(path: str):
   try:
     return open(path, 'rb')
   except FileNotFoundError:
@@ -274,7 +274,7 @@ def _records(path: str) -> Iterator[bytes]:
   """The records of an ArrayRecord file one by one, without read-ahead threads and their buffers."""
   from array_record.python.array_record_module import ArrayRecordReader
 
-  _open(path).close()
+  open_bytes(path).close()
   try:
     # A reader of a file cut off between blocks has no records, and says why only on closing.
     with closing(ArrayRecordReader(path, 'readahead_buffer_size:0,max_parallelism:0')) as reader:
@@ -285,7 +285,7 @@ def _records(path: str) -> Iterator[bytes]:
     raise UserError(f'{path} is not a whole ArrayRecord file ({reason}): copy it again') from None
 
 
-def _decode(content: bytes, where: str) -> str:
+def decode(content: bytes, where: str) -> str:
   try:
     return content.decode('utf-8-sig')
   except UnicodeDecodeError as error:
@@ -299,7 +299,7 @@ def _decode(content: bytes, where: str) -> str:
 
 def _field(row: dict, key: str, where: str) -> str:
   if key not in row:
-    raise UserError(f'{where} has no key "{key}"{_nearest(key, row)}')
+    raise UserError(f'{where} has no key "{key}"{nearest(key, row)}')
   return _text(row[key], f'{where}, key "{key}",')
 
 
@@ -318,7 +318,7 @@ def _text(value: object, where: str) -> str:
   return value if value.strip() else ''
 
 
-def _nearest(name: str, known) -> str:
+def nearest(name: str, known) -> str:
   known = [str(each) for each in known]
   close = get_close_matches(name, known, 1, 0.3)
   return f': did you mean "{close[0]}"?' if close else f': it has {", ".join(known[:10]) or "none"}'

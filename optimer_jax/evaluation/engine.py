@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
 
 from jax.sharding import Mesh
 
@@ -21,6 +23,7 @@ class Engine:
     batch_tokens: tokens scored at once.
     generate_rows: answers generated at once, a multiple of 4.
     mesh: splits batches over devices; default: one device.
+    cache: where tokenised text is kept; default: ~/.cache/optimer_jax.
   """
 
   model: Model
@@ -29,6 +32,7 @@ class Engine:
   batch_tokens: int = 4096
   generate_rows: int = 16
   mesh: Mesh | None = None
+  cache: Path | None = None
 
   @property
   def shards(self) -> int:
@@ -51,3 +55,13 @@ class Prepared:
   digest: str
   count: int
   score: Callable[[dict], Score]
+
+
+class Task(Protocol):
+  """What is scored: the dataclasses of `tasks`, `answers` and `harness`."""
+
+  name: str
+
+  def prepare(self, engine: Engine, split: str) -> Prepared:
+    """Reads `split` ('dev' or 'test') once; UserError if the data are not as they must be."""
+    ...

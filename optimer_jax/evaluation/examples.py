@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from optimer_jax.data.sources import _decode, _matching, _nearest, _open
+from optimer_jax.data.sources import decode, matching, nearest, open_bytes
 from optimer_jax.errors import UsageError, UserError
 
 KINDS = ('.jsonl', '.json', '.csv', '.tsv', '.parquet')
@@ -26,7 +26,7 @@ class Example(NamedTuple):
   def value(self, key: str) -> object:
     """The value under `key`; UserError if there is none, or nothing in it."""
     if key not in self.values:
-      raise UserError(f'{self.where} has no key "{key}"{_nearest(key, self.values)}')
+      raise UserError(f'{self.where} has no key "{key}"{nearest(key, self.values)}')
     if self.values[key] is None:
       raise UserError(f'{self.where}, key "{key}", is empty: name another key, or mend the row')
     return self.values[key]
@@ -99,7 +99,7 @@ class Examples:
     return rows
 
   def _globbed(self) -> Iterator[tuple[str, str | None]]:
-    for path in _matching(self.path):
+    for path in matching(self.path):
       yield path, _subject_of(path) if glob.has_magic(self.path) else None
 
   def _in_folder(self) -> list[tuple[str, str | None]]:
@@ -177,21 +177,21 @@ def _subject_of(path: str) -> str | None:
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, dict]]:
-  with _open(path) as file:
+  with open_bytes(path) as file:
     for number, line in enumerate(file, 1):
       where = f'{path}:{number}'
       if not line.strip():
         continue
       try:
-        row = json.loads(_decode(line, where))
+        row = json.loads(decode(line, where))
       except ValueError as error:
         raise UserError(f'{where} is not JSON ({error}): write one JSON object a line') from None
       yield where, _object(row, where)
 
 
 def _json_list(path: str) -> Iterator[tuple[str, dict]]:
-  with _open(path) as file:
-    text = _decode(file.read(), path)
+  with open_bytes(path) as file:
+    text = decode(file.read(), path)
   if not text.strip():
     return
   try:
@@ -215,8 +215,8 @@ def _table(
   path: str, delimiter: str, columns: tuple[str, ...] | None
 ) -> Iterator[tuple[str, dict]]:
   """Rows of a .csv, or of a .tsv, whose quotation marks are text."""
-  with _open(path) as file:
-    lines = io.StringIO(_decode(file.read(), path), newline='')
+  with open_bytes(path) as file:
+    lines = io.StringIO(decode(file.read(), path), newline='')
   quoting = csv.QUOTE_NONE if delimiter == '\t' else csv.QUOTE_MINIMAL
   reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
   names, line, header = columns, 1, True
@@ -248,7 +248,7 @@ def _parquet(path: str) -> Iterator[tuple[str, dict]]:
   import pyarrow
   import pyarrow.parquet
 
-  _open(path).close()
+  open_bytes(path).close()
   number = 0
   try:
     with pyarrow.parquet.ParquetFile(path) as file:

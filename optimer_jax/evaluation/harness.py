@@ -31,7 +31,6 @@ from optimer_jax.evaluation.engine import Engine, Prepared
 from optimer_jax.evaluation.generation import Prompt, Sampling, generate_texts
 from optimer_jax.evaluation.scores import Score
 from optimer_jax.evaluation.scoring import Continuation, log_likelihoods, plan
-from optimer_jax.parallel.sharding import RULES
 
 SPLITS = ('dev', 'test')
 # Metrics whose per-example value is (log likelihood, size): one loss in three units.
@@ -46,7 +45,8 @@ class HarnessTask:
   """An lm-eval task, or a group of them, whose documents are divided into dev and test.
 
   A document belongs to the half that a hash of its content says, so that the halves share none.
-  Documents of the other half are never shown as worked examples.
+  Documents of the other half are never shown as worked examples. Undivided, all documents are
+  test, and the score is the one that lm-eval's own command line prints.
 
   Attributes:
     name: what the score is called.
@@ -57,6 +57,7 @@ class HarnessTask:
     include: a directory of task files, searched before lm-eval's own.
     limit: at most so many documents of each task, the first ones of the half.
     shots: worked examples in front of each prompt; None is what the task says.
+    divide: whether some of the documents are dev.
   """
 
   name: str
@@ -65,6 +66,7 @@ class HarnessTask:
   include: str | None = None
   limit: int | None = None
   shots: int | None = None
+  divide: bool = True
 
   def prepare(self, engine: Engine, split: str) -> Prepared:
     """Reads the documents and writes the prompts once, for any number of candidates.
@@ -75,13 +77,15 @@ class HarnessTask:
     """
     if split not in SPLITS:
       raise UsageError(f'there is no split {split!r}: there are dev and test')
+    if split == 'dev' and not self.divide:
+      raise UsageError(f'{self.name} is not divided and has no dev: set HarnessTask.divide = True')
     manager = _manager([self.task], self.include)
     with _explained(self.task):
       # What lm-eval seeds before it loads tasks: some draw while they read their data.
       random.seed(0)
       np.random.seed(SEED)
       tasks = manager.load([self.task])['tasks'].values()
-      tasks = [task for task in tasks if _build(task, split, self.limit, self.shots)]
+      tasks = [task for task in tasks if _build(task, split, self)]
     if not tasks:
       raise UserError(f'{self.task} has no document for {split}: give a larger set')
     metric, filter_name = _metric(self.metric, tasks)
@@ -105,57 +109,6 @@ class HarnessTask:
     settings = [metric, filter_name, engine.context, engine.tokenizer.digest]
     count = sum(len(_by_document(task)) for task in tasks)
     return Prepared(self.name, _digest(tasks, settings), count, score)
-
-
-def evaluate(
-  engine: Engine,
-  params: dict,
-  tasks: Sequence[str],
-  include: str | None = None,
-  limit: int | None = None,
-  shots: int | None = None,
-) -> dict[str, dict]:
-  """Runs tasks and groups on all their documents, as lm-eval's own command line does.
-
-  Args:
-    engine: model, tokenizer, context.
-    params: what to score.
-    tasks: lm-eval's names of tasks and groups.
-    include: a directory of task files, searched before lm-eval's own.
-    limit: at most so many documents of each task.
-    shots: worked examples in front of each prompt, except in tasks that fix none; None is what
-      each task says.
-
-  Returns:
-    For each task and group: 'metrics', {'acc,none': {'value', 'stderr', 'count', 'per_example'}};
-    'shots'; 'samples', lm-eval's log of each example (document, requests, responses). Values are
-    lm-eval's; standard errors are those of a mean, or of a ratio for rolling tasks, and None
-    elsewhere. Groups have neither per-example values nor samples.
-
-  Raises:
-    UsageError: an unknown task.
-    UserError: lm-eval is missing, or a task's file or data are wrong.
-  """
-  manager = _manager(tasks, include)
-  with _explained(', '.join(tasks)):
-    found = _lm_eval().simple_evaluate(
-      model=language_model(engine, params),
-      tasks=list(tasks),
-      num_fewshot=shots,
-      limit=limit,
-      task_manager=manager,
-      bootstrap_iters=0,
-      log_samples=True,
-    )
-  samples = lambda name: found['samples'].get(name, [])
-  return {
-    name: {
-      'metrics': _summaries(row, samples(name)),
-      'shots': found['n-shot'].get(name),
-      'samples': samples(name),
-    }
-    for name, row in found['results'].items()
-  }
 
 
 def language_model(engine: Engine, params: dict | None = None):
@@ -272,7 +225,7 @@ def _prompts(engine: Engine, requests: list[tuple[str, dict]]):
     if most >= engine.context:
       raise UserError(
         f'{most} tokens to generate leave no room for a prompt in a context of {engine.context}: '
-        'lower max_gen_toks in the task, or raise Engine.context'
+        'lower max_gen_toks in the task, or raise EvalConfig.context'
       )
     kept = tokens[max(0, len(tokens) + most - engine.context) :]
     numbers, prompts, truncated = groups[sampling]
@@ -310,22 +263,20 @@ def _int32(tokens) -> np.ndarray:
 
 
 def _plan(engine: Engine, requests: list[Continuation]):
-  mesh = engine.mesh
-  shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES['batch'])
   # A request's last token is predicted but not seen.
-  return plan(requests, engine.context + 1, engine.batch_tokens, shards)
+  return plan(requests, engine.context + 1, engine.batch_tokens, engine.shards)
 
 
 # Tasks.
 
 
-def _build(task, split: str, limit: int | None, shots: int | None) -> bool:
-  """Writes the requests for one half of a task's documents; False if that has none."""
-  halves = defaultdict(dict)
+def _build(task, split: str, asked: HarnessTask) -> bool:
+  """Writes the requests for one split of a task's documents; False if that has none."""
+  shots, halves = asked.shots, defaultdict(dict)
   for number, doc in enumerate(task.eval_docs):
-    halves[_half(doc)][number] = _content(doc)
+    halves[_half(doc) if asked.divide else 'test'][number] = _content(doc)
   own, (other,) = halves[split], {*SPLITS} - {split}
-  numbers, others = [*own][:limit], {*halves[other].values()}
+  numbers, others = [*own][: asked.limit], {*halves[other].values()}
   fixed = task.get_config('num_fewshot')
   if fixed == 0 and shots:
     raise UsageError(f'{task.task_name} fixes 0 shots: leave `shots` out')
@@ -395,30 +346,6 @@ def _measure(name: str, metric: str, found: dict, request) -> tuple[float, float
   if not 0 <= value <= 1:
     raise UserError(f'{name}: {metric} of an example is {value}, not between 0 and 1')
   return float(value), 1.0
-
-
-def _summaries(row: dict, samples: list[dict]) -> dict[str, dict]:
-  """Of each metric and filter of one of lm-eval's results."""
-  out = {}
-  for key, value in row.items():
-    metric, _, filter_name = key.partition(',')
-    if not filter_name or metric.endswith('_stderr'):
-      continue
-    each = [s[metric] for s in samples if s['filter'] == filter_name and metric in s]
-    stderr = None
-    try:
-      values = np.array(each, np.float64)
-    except (TypeError, ValueError):  # texts, as corpus metrics keep them
-      values = np.zeros(0)
-    if metric in ROLLING and values.ndim == 2:
-      stderr = Score(-values[:, 0], values[:, 1], 'bits/byte', 0, 0).stderr
-      # Perplexities are exponentials of the ratio: the delta method.
-      stderr *= 1 / math.log(2) if metric == 'bits_per_byte' else value
-    elif values.ndim == 1 and len(values) > 1 and math.isclose(values.mean(), value, abs_tol=1e-9):
-      stderr = float(values.std(ddof=1) / math.sqrt(len(values)))
-    each = values.tolist() if values.size else each
-    out[key] = {'value': float(value), 'stderr': stderr, 'count': len(each), 'per_example': each}
-  return out
 
 
 def _digest(tasks: list, settings: list) -> str:

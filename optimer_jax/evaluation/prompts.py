@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from optimer_jax.data.sources import _nearest
+from optimer_jax.data.sources import nearest
 from optimer_jax.data.tokenizer import Tokenizer
 from optimer_jax.errors import UsageError, UserError
 from optimer_jax.evaluation.engine import Engine
@@ -43,7 +43,7 @@ class Template:
       if name is not None:
         if name not in values:
           raise UserError(
-            f'{where} has no key "{name}", which {self.setting} asks for{_nearest(name, values)}'
+            f'{where} has no key "{name}", which {self.setting} asks for{nearest(name, values)}'
           )
         text = text_of(values[name], f'{where}, key "{name}",')
         written.append(text.strip() if form == 'strip' else text)

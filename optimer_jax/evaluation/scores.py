@@ -44,10 +44,10 @@ class Score:
     return _stderr(self.values, self.sizes)
 
   def summary(self) -> dict:
-    """What the ledger keeps."""
+    """What the ledger keeps, fit for JSON: what is not finite is None."""
     return {
-      'value': self.value,
-      'stderr': self.stderr,
+      'value': _finite(self.value),
+      'stderr': _finite(self.stderr),
       'count': len(self.values),
       'unit': self.unit,
       'tokens': self.tokens,
@@ -56,7 +56,7 @@ class Score:
 
   def per_example(self) -> dict:
     """What `from_summary` needs beside the summary: lists of values and sizes."""
-    return {'values': self.values.tolist(), 'sizes': self.sizes.tolist()}
+    return {'values': [*map(_finite, self.values.tolist())], 'sizes': self.sizes.tolist()}
 
 
 def from_summary(summary: Mapping, per_example: Mapping) -> Score:
@@ -74,6 +74,16 @@ def loss(summary: Mapping) -> float:
   """A score's summary as a number of which less is better; None and NaN stay NaN."""
   value = math.nan if summary['value'] is None else summary['value']
   return 1.0 - value if summary.get('unit') == 'accuracy' else value
+
+
+def shown(summary: Mapping) -> str:
+  """A score for people: '41.2% ± 1.3' or '1.2620 ± 0.0310 bits/byte'."""
+  value, error = summary['value'], summary.get('stderr')
+  if value is None:
+    return 'not finite'
+  if summary['unit'] == 'accuracy':
+    return f'{value:.1%}' + ('' if error is None else f' ± {error * 100:.1f}')
+  return f'{value:.4f}' + ('' if error is None else f' ± {error:.4f}') + f' {summary["unit"]}'
 
 
 def compare(a: Mapping[str, Score], b: Mapping[str, Score]) -> dict:
@@ -94,9 +104,7 @@ def compare(a: Mapping[str, Score], b: Mapping[str, Score]) -> dict:
       raise ValueError(f'{name}: the two scores are of other examples')
     difference = (one.values - two.values) * (-1 if one.unit == 'accuracy' else 1)
     total = one.sizes.sum()
-    # As many +1s less -1s: what the sum of differences would be if their signs meant nothing.
-    signs = rng.integers(0, 2, (DRAWS, len(difference)), np.int8) * 2 - 1
-    flips = signs @ difference / total
+    flips = _flipped_sums(rng, difference) / total
     flipped += flips / len(a)
     value = float(difference.sum() / total)
     per_task[name] = {
@@ -114,6 +122,15 @@ def compare(a: Mapping[str, Score], b: Mapping[str, Score]) -> dict:
   }
 
 
+def _flipped_sums(rng: np.random.Generator, difference: np.ndarray) -> np.ndarray:
+  """What the sum of the differences might as well have been if their signs meant nothing."""
+  sums = []
+  for draws in np.array_split(np.arange(DRAWS), -(-DRAWS * len(difference) // 2**22)):
+    signs = rng.integers(0, 2, (len(draws), len(difference)), np.int8) * 2 - 1
+    sums.append(signs @ difference)
+  return np.concatenate(sums)
+
+
 def _share_beyond(draws: np.ndarray, value: float) -> float:
   # The observed one is one of the draws; rounding must not put it beyond itself.
   beyond = np.abs(draws) >= abs(value) * (1 - 1e-9)
@@ -127,3 +144,7 @@ def _stderr(values: np.ndarray, sizes: np.ndarray) -> float:
     return math.inf
   residual = values - values.sum() / sizes.sum() * sizes
   return float(np.sqrt(n / (n - 1) * np.square(residual).sum()) / sizes.sum())
+
+
+def _finite(value: float) -> float | None:
+  return value if math.isfinite(value) else None

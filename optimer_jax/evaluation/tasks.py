@@ -48,7 +48,7 @@ class BitsPerByte:
     if self.length > engine.context:
       raise UsageError(
         f'{self.name}: rows of {self.length} tokens are longer than the context of '
-        f'{engine.context}: lower BitsPerByte.length or raise Engine.context'
+        f'{engine.context}: lower the length or raise EvalConfig.context'
       )
     if split not in ('dev', 'test'):
       raise UsageError(f'there is no split {split!r}: there are dev and test')
@@ -65,7 +65,7 @@ class BitsPerByte:
       self.length,
       self.rows,
       self.seed,
-      default_cache() / 'rows',
+      (engine.cache or default_cache()) / 'rows',
     )
     lengths = rows.segment_ids.sum(1)
     requests = [

@@ -9,7 +9,7 @@ from optimer_jax.report.read import Run
 
 @dataclass(frozen=True)
 class Text:
-  """A paragraph; `kind` is '' or 'missing'."""
+  """A paragraph; `kind` is '', 'missing' or 'warning'."""
 
   text: str
   kind: str = ''

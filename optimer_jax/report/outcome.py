@@ -1,14 +1,30 @@
-"""What a run's numbers say, in words."""
+"""What a run's numbers say, in words.
+
+Losses are shown in the words of their kind (`read.kind`): bits per byte as they are, accuracy as a
+percentage and its changes in points, and the mean over tasks of both kinds as a loss.
+"""
 
 import math
 
-from optimer_jax.report.read import Run, mean, paired
+from optimer_jax.report.read import Measured, Run, core, kind, kinds, losses, paired
+
+LOSSES = {'bits/byte': 'bits/byte', 'accuracy': '1 − accuracy', 'mixed': 'loss'}
+SCORES = {'bits/byte': 'bits per byte', 'accuracy': 'accuracy', 'mixed': 'scores'}
+MEANS = {
+  'bits/byte': 'bits per byte',
+  'accuracy': 'accuracy',
+  'mixed': 'loss (bits per byte; 1 − accuracy)',
+}
 
 
 def outcome(run: Run) -> str:
   """One sentence: OptiMer's mean test score against base, best CPT model and uniform average."""
   if 'optimer' not in run.evaluations:
     return 'No outcome yet: OptiMer’s test scores (evaluations/optimer.json) are missing.'
+  what = kinds(run)['mean']
+  own = mean(run, 'optimer')
+  if not own:
+    return 'No outcome yet: OptiMer, base and average were scored on other test tasks.'
   single = best_single(run)
   clauses = []
   for name, label in (
@@ -16,40 +32,57 @@ def outcome(run: Run) -> str:
     (single, 'the best single CPT model'),
     ('average', 'the uniform average'),
   ):
+    found = paired(run, 'optimer', name).get('mean')
     if name not in run.evaluations:
       clauses.append(f'not compared with {label} (no test scores)')
-    elif not (found := paired(run, 'optimer', name)):
+    elif not found or not mean(run, name):
       clauses.append(f'not compared with {label} (other tasks were scored)')
     else:
       which = f'{name[4:]}, ' if name == single else ''
-      value = f'{which}{number(mean(run.evaluations[name]))}'
-      clauses.append(
-        f'{verdict(**pick(found))} {label} ({value}; difference {plus_minus(**pick(found))})'
-      )
-  value = number(mean(run.evaluations['optimer']))
+      value = f'{which}{level(mean(run, name).value, what)}'
+      clauses.append(f'{verdict(found)} {label} ({value}; difference {change(found, what)})')
+  value = level(own.value, what)
+  size = len(core(run))
   return (
-    f'OptiMer reaches a mean of {value} bits per byte on the test text of '
-    f'{count(len(run.evaluations["optimer"]["scores"]), "domain")}: {"; ".join(clauses)}.'
+    'OptiMer reaches a mean '
+    + {
+      'bits/byte': f'of {value} bits per byte on the test text of {count(size, "domain")}: ',
+      'accuracy': f'accuracy of {value} on the test data of {count(size, "task")}: ',
+      'mixed': f'loss of {value} (bits per byte; 1 − accuracy) on the test data of '
+      f'{count(size, "task")}: ',
+    }[what]
+    + f'{"; ".join(clauses)}.'
   )
+
+
+def reading(run: Run) -> str:
+  """Which scores are better."""
+  return {
+    'bits/byte': 'Lower bits per byte is better.',
+    'accuracy': 'Higher accuracy is better.',
+    'mixed': 'Lower bits per byte and higher accuracy are better. A mean over tasks of both kinds '
+    'is of their losses (bits per byte; 1 − accuracy), and lower is better.',
+  }[kind(score for each in run.evaluations.values() for score in each['scores'].values())]
+
+
+def mean(run: Run, name: str) -> Measured | None:
+  """The evaluation's mean loss over the core tasks, if it has them all."""
+  return losses(run.evaluations[name]['scores'], core(run)).get('mean')
 
 
 def best_single(run: Run) -> str:
-  """The name of the CPT evaluation with the lowest mean, among those on the most tasks; or ''."""
-  singles = [name for name in run.evaluations if name.startswith('cpt-')]
-  return min(
-    singles,
-    key=lambda name: (-len(run.evaluations[name]['scores']), mean(run.evaluations[name])),
-    default='',
-  )
+  """The name of the CPT evaluation with the lowest mean, among those that have one first; or ''."""
+  singles = {name: mean(run, name) for name in run.evaluations if name.startswith('cpt-')}
+  return min(singles, key=lambda name: singles[name] or (math.inf,), default='')
 
 
-def verdict(difference: float, stderr: float) -> str:
-  """What a difference in bits/byte means, at 2 standard errors."""
-  if math.isnan(stderr):
-    return ('lower than' if difference < 0 else 'not lower than') + ', without a standard error,'
-  if abs(difference) <= 2 * stderr:
+def verdict(found: Measured) -> str:
+  """What a difference of losses means, at 2 standard errors."""
+  if math.isnan(found.stderr):
+    return ('ahead of' if found.value < 0 else 'not ahead of') + ' (without a standard error)'
+  if abs(found.value) <= 2 * found.stderr:
     return 'not distinguishable from'
-  return 'better than' if difference < 0 else 'worse than'
+  return 'better than' if found.value < 0 else 'worse than'
 
 
 def count(size: int, what: str) -> str:
@@ -58,20 +91,43 @@ def count(size: int, what: str) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-  """A decimal with a true minus sign."""
-  return f'{value:.{digits}f}'.replace('-', '−')
+  """A decimal with a true minus sign; '?' where it is not known."""
+  return '?' if math.isnan(value) else f'{value:.{digits}f}'.replace('-', '−')
 
 
-def plus_minus(difference: float, stderr: float) -> str:
-  """A signed difference and its standard error."""
-  sign = '+' if difference > 0 else ''
-  error = '?' if math.isnan(stderr) else number(stderr)
-  return f'{sign}{number(difference)} ± {error}'
+def level(loss: float, what: str, digits: int = 4) -> str:
+  """A loss as the score of its kind: 1.1114, or 41.2%."""
+  return f'{number(100 * (1 - loss), 1)}%' if what == 'accuracy' else number(loss, digits)
 
 
-def pick(found: dict) -> dict[str, float]:
-  """Just the difference and its standard error."""
-  return {'difference': found['difference'], 'stderr': found['stderr']}
+def score(found: Measured, what: str) -> str:
+  """The same with its standard error: 1.1114 ± 0.0102, or 41.2% ± 2.2%."""
+  error = f'{number(100 * found.stderr, 1)}%' if what == 'accuracy' else number(found.stderr)
+  return f'{level(found.value, what)} ± {error}'
+
+
+def change(found: Measured, what: str) -> str:
+  """A difference of losses as the signed change of the score: −0.0025 ± 0.0007, +3.1 ± 0.9 points.
+
+  Less bits per byte and more accuracy are better.
+  """
+  if what == 'accuracy':
+    found = found._replace(value=0.0 - found.value)  # and not -0.0
+  return ('+' if found.value > 0 else '') + gain(found, what)
+
+
+def gain(found: Measured, what: str) -> str:
+  """How much the loss fell: 0.0025 ± 0.0007, or 3.1 ± 0.9 points of accuracy."""
+  if what == 'accuracy':
+    return f'{number(100 * found.value, 1)} ± {number(100 * found.stderr, 1)} points'
+  return f'{number(found.value)} ± {number(found.stderr)}'
+
+
+def chance(p: float | None) -> str:
+  """A p value: 'p = 0.012', or '' where there is none."""
+  if p is None:
+    return ''
+  return 'p < 0.001' if p < 0.001 else f'p = {p:.3f}'
 
 
 def scientific(value: float) -> str:

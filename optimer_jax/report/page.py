@@ -7,7 +7,7 @@ import jinja2
 
 from optimer_jax.files import atomic_directory
 from optimer_jax.report.blocks import Picture, Section
-from optimer_jax.report.outcome import outcome
+from optimer_jax.report.outcome import outcome, reading
 from optimer_jax.report.read import Run, read_run
 from optimer_jax.report.sections import build
 from optimer_jax.report.style import DARK, LIGHT, png, svg
@@ -38,6 +38,7 @@ def render(run: Run, sections: list[Section]) -> str:
   return environment.from_string(template).render(
     run=run,
     outcome=outcome(run),
+    reading=reading(run),
     sections=sections,
     light=LIGHT,
     dark=DARK,

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from optimer_jax.report.outcome import LOSSES, level
+from optimer_jax.report.read import Measured
 from optimer_jax.report.style import FAINT, INK, LIGHT, MUTED, PAPER, STEPS, WIDTH, Look, styled
 
 
@@ -17,22 +19,23 @@ from optimer_jax.report.style import FAINT, INK, LIGHT, MUTED, PAPER, STEPS, WID
 class Model:
   """One row of the score figure and table.
 
-  `scores` and `change` map a column (a task, or 'mean') to (value, stderr) in bits/byte. `change`
-  is the paired difference from base; {} where there is no base.
+  `scores` and `change` map a column (a task, or 'mean') to a loss. `change` is the paired
+  difference from base; {} where there is none.
   """
 
   name: str
   label: str
   look: Look
-  scores: dict[str, tuple[float, float]]
-  change: dict[str, tuple[float, float]]
+  scores: dict[str, Measured]
+  change: dict[str, Measured]
 
 
 @styled
-def scores(models: list[Model], columns: list[str]) -> Figure:
-  """A panel a column, a row a model: change against base in per cent, +- 2 s.e., value beside it.
+def scores(models: list[Model], columns: list[str], kinds: dict[str, str]) -> Figure:
+  """A panel a column, a row a model: change of loss against base, +- 2 s.e., the score beside it.
 
-  All panels share one relative scale. Without a base the values themselves, each on its own scale.
+  Changes are in per cent of the base's loss, those of accuracy in points; the panels of one kind
+  share one scale. Where not all models have a change, the losses themselves, each on its own scale.
   """
   relative = all(model.change for model in models)
   across = min(len(columns), 5)
@@ -41,12 +44,13 @@ def scores(models: list[Model], columns: list[str]) -> Figure:
   figure.get_layout_engine().set(wspace=0.09)
   panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
   points = {
-    column: [_point(model, column, models, relative) for model in models] for column in columns
+    column: [_point(model, column, models, kinds[column], relative) for model in models]
+    for column in columns
   }
   for panel, column in zip(panels, columns, strict=False):
     drawn = [item for item in enumerate(points[column]) if item[1]]
-    # With a base all panels share one scale; otherwise each has its own.
-    shared = points if relative else [column]
+    # With a base all panels of a kind share one scale; otherwise each has its own.
+    shared = [name for name in columns if relative and kinds[name] == kinds[column]] or [column]
     seen = [point for name in shared for point in points[name] if point]
     edges = [x + sign * 2 * error for x, error in seen for sign in (-1, 1)]
     low, high = min(edges), max(edges)
@@ -68,7 +72,7 @@ def scores(models: list[Model], columns: list[str]) -> Figure:
       panel.text(
         0.99,
         y,
-        f'{value:.3f}',
+        level(value, kinds[column], 3),
         transform=panel.get_yaxis_transform(),
         ha='right',
         va='center',
@@ -83,19 +87,37 @@ def scores(models: list[Model], columns: list[str]) -> Figure:
     panel.spines['bottom'].set_bounds(low, high)
   for panel in panels[len(columns) :]:
     panel.set_visible(False)
-  text = 'change against base, %' if relative else 'bits/byte'
-  figure.supxlabel(f'{text}  (bars: ± 2 s.e.; numbers: bits/byte, lower is better)', fontsize=8.5)
+  units = {*kinds.values()}
+  if relative:
+    text = {
+      ('bits/byte',): 'change against base, %',
+      ('accuracy',): 'change of 1 − accuracy against base, points',
+    }.get((*units,), 'change against base: of 1 − accuracy in points, of the rest in %')
+  else:
+    text = {('bits/byte',): 'bits/byte', ('accuracy',): '1 − accuracy'}.get((*units,), 'loss')
+  words = 'bits/byte, lower is better' if units == {'bits/byte'} else 'scores; left is better'
+  figure.supxlabel(f'{text}  (bars: ± 2 s.e.; numbers: {words})', fontsize=8.5)
   return figure
 
 
-def _point(model: Model, column: str, models: list[Model], relative: bool):
+def _point(model: Model, column: str, models: list[Model], kind: str, relative: bool):
   if column not in model.scores or (relative and column not in model.change):
     return None
   if not relative:
-    return model.scores[column]
+    return _drawn(model.scores[column])
+  base = next(other for other in models if other.name == 'base').scores[column]
+  return _drawn(scaled(model.change[column], base.value, kind))
+
+
+def scaled(change: Measured, loss: float, kind: str) -> Measured:
+  """A change of loss in per cent of `loss`, or in points of accuracy."""
+  scale = 100.0 if kind == 'accuracy' else 100 / loss
+  return Measured(scale * change.value, scale * change.stderr)
+
+
+def _drawn(found: Measured) -> tuple[float, float]:
   # An error that is not known has no bar.
-  base = next(other for other in models if other.name == 'base').scores[column][0]
-  return tuple(0.0 if math.isnan(v) else 100 * v / base for v in model.change[column])
+  return found.value, 0.0 if math.isnan(found.stderr) else found.stderr
 
 
 @styled
@@ -150,7 +172,9 @@ SAMPLERS['surrogate'] = Look(LIGHT['d1'], 'D')
 
 
 @styled
-def convergence(trials: list[dict], objective: str, marked: dict[str, int]) -> Figure:
+def convergence(
+  trials: list[dict], objective: str, marked: dict[str, int], unit: str = 'bits/byte'
+) -> Figure:
   """Objective of each trial in order, by sampler, with the best so far as a line.
 
   `marked` names trials by index (for example the base, the uniform average). A few trials far
@@ -211,7 +235,7 @@ def convergence(trials: list[dict], objective: str, marked: dict[str, int]) -> F
   panel.xaxis.set_major_locator(MaxNLocator(integer=True))
   panel.set_xlabel('trial')
   name = f'objective ({objective})' if objective else 'objective'
-  panel.set_ylabel(f'{name}, bits/byte')
+  panel.set_ylabel(f'{name}, {unit}')
   panel.grid(axis='y')
   figure.legend(loc='outside upper left', ncols=len(names) + 1, handletextpad=0.4)
   return figure
@@ -280,84 +304,52 @@ def weight_space(trials: list[dict], names: list[str]) -> Figure:
   return figure
 
 
-@dataclass(frozen=True)
-class Gap:
-  """One model on development and test text: {column: (value, stderr)} in bits/byte.
-
-  `change` is its paired difference from base on the test text.
-  """
-
-  label: str
-  look: Look
-  dev: dict[str, tuple[float, float]]
-  test: dict[str, tuple[float, float]]
-  change: dict[str, tuple[float, float]]
-
-
 @styled
-def gap(models: list[Gap], look: dict[str, Look]) -> Figure:
-  """Left: mean on development and test text. Right: change against base, test over development.
+def gap(
+  gains: dict[str, dict[str, tuple[Measured, Measured]]],
+  kinds: dict[str, str],
+  look: dict[str, Look],
+) -> Figure:
+  """A panel a reference ('over …'), a row a column: gain on development and on test, +- 2 s.e.
 
-  `models` begins with the base. A point on the diagonal keeps on test text what the search saw.
+  Gains are already in per cent or points, as `kinds` says; each kind has panels of its own scale.
   """
-  figure = Figure(figsize=(WIDTH, 3.3))
-  left, right = figure.subplots(1, 2, width_ratios=[1, 1.1])
-  for y, model in enumerate(models):
-    for split, shift, fill in ((model.dev, -0.13, False), (model.test, 0.13, True)):
-      value, error = split['mean']
-      style = Look(model.look.color, 'o' if split is model.dev else 's', fill)
-      left.errorbar(value, y + shift, xerr=2 * error, elinewidth=1.2, **style.kwargs())
-  left.set_yticks(range(len(models)), [model.label for model in models])
-  left.set_ylim(len(models) - 0.5, -0.5)
-  left.tick_params(axis='y', length=0)
-  left.spines['left'].set_visible(False)
-  left.grid(axis='x')
-  left.xaxis.set_major_locator(MaxNLocator(5))
-  left.set_xlabel('mean bits/byte (bars: ± 2 s.e.)')
-  left.legend(
+  columns = list(dict.fromkeys(column for found in gains.values() for column in found))
+  groups = {}
+  for column in columns:
+    groups.setdefault(kinds[column], []).append(column)
+  sizes = [len(group) for group in groups.values()]
+  figure = Figure(figsize=(WIDTH, 0.34 * len(columns) + 0.75 * len(groups) + 0.35))
+  # Space for the axis and its name is the same for each group: let heights follow the rows.
+  panels = figure.subplots(
+    len(groups), len(gains), squeeze=False, sharey='row', height_ratios=[n + 0.6 for n in sizes]
+  )
+  for row, (kind, group) in zip(panels, groups.items(), strict=True):
+    for panel, (title, found) in zip(row, gains.items(), strict=True):
+      for y, column in enumerate(group):
+        color = INK if column == 'mean' else look[column].color if column in look else MUTED
+        for measured, shift in zip(found.get(column, ()), (-0.15, 0.15), strict=False):
+          value, error = _drawn(measured)
+          style = Look(color, 'o', False) if shift < 0 else Look(color, 's')
+          panel.errorbar(value, y + shift, xerr=2 * error, elinewidth=1.2, **style.kwargs())
+      panel.axvline(0, color=MUTED, linewidth=0.8, zorder=0.6)  # above the grid
+      panel.set_yticks(range(len(group)), group)
+      panel.set_ylim(len(group) - 0.5, -0.5)
+      panel.tick_params(axis='y', length=0)
+      panel.spines['left'].set_visible(False)
+      panel.grid(axis='x')
+      panel.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+      unit = 'points of accuracy' if kind == 'accuracy' else f'% of its {LOSSES[kind]}'
+      panel.set_xlabel(f'gain over {title}, {unit}')
+  figure.legend(
     handles=[
       Line2D([], [], linestyle='none', label='development', **Look(INK, 'o', False).kwargs()),
       Line2D([], [], linestyle='none', label='test', **Look(INK, 's').kwargs()),
     ],
-    loc='lower center',
-    bbox_to_anchor=(0.5, 1),
+    loc='outside upper left',
     ncols=2,
     handletextpad=0.2,
   )
-  base = models[0]
-  handles, reach = {}, []
-  for model, marker, fill in zip(models[1:], 'os', (False, True), strict=False):
-    for column in model.change:
-      if not all(column in split for split in (model.dev, base.dev, base.test)):
-        continue
-      x = 100 * (model.dev[column][0] / base.dev[column][0] - 1)
-      y, error = (100 * v / base.test[column][0] for v in model.change[column])
-      error = 0.0 if math.isnan(error) else error
-      color = INK if column == 'mean' else look[column].color if column in look else MUTED
-      style = Look(color, marker, fill)
-      right.errorbar(x, y, yerr=2 * error, linestyle='none', elinewidth=1.2, **style.kwargs())
-      reach += [x, y - 2 * error, y + 2 * error]
-      handles[column] = Line2D([], [], linestyle='none', label=column, marker='o', color=color)
-    handles[model.label] = Line2D(
-      [], [], linestyle='none', label=model.label, **Look(INK, marker, fill).kwargs()
-    )
-  low, high = min(reach, default=-1), max(reach, default=1)
-  pad = 0.06 * ((high - low) or 1)
-  right.plot([low - pad, high + pad], [low - pad, high + pad], color=MUTED, linewidth=0.8, zorder=0)
-  right.axhline(0, color=FAINT, linewidth=0.7, zorder=0)
-  right.axvline(0, color=FAINT, linewidth=0.7, zorder=0)
-  right.set(xlim=(low - pad, high + pad), ylim=(low - pad, high + pad), aspect='equal')
-  for axis in (right.xaxis, right.yaxis):
-    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-  right.set_xlabel('development: change against base, %')
-  right.set_ylabel('test: change against base, %')
-  if handles:
-    right.legend(
-      handles=list(handles.values()),
-      loc='center left',
-      bbox_to_anchor=(1.0, 0.5),
-      handletextpad=0.2,
-    )
   return figure
 
 

@@ -5,45 +5,56 @@ file costs its own part of the page and nothing else.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from optimer_jax.errors import UserError
+from optimer_jax.evaluation.scores import UNITS, Score, compare, loss
 from optimer_jax.files import read_json, read_jsonl
 
 # Shapes: a type, [shape] for lists, {...: shape} for any keys but at least one, {'key': shape} for
 # these keys at least, and {'key?': shape} for keys that may be absent or null. Numbers are finite;
-# only a Share may be null, where there is nothing to have a share of.
+# a Share may be null, where there is nothing to have a share of, and so may a Maybe.
 Count = int
 Number = float
 Size = 'at least 0'
-Positive = 'above 0'
 Share = 'from 0 to 1'
-SCORE = {'value': Positive, 'stderr': Size}
-PAIRED = {'difference': Number, 'stderr': Size}
+Maybe = 'a number or null'
+SCORE = {'value': Size, 'stderr?': Size, 'unit?': str, 'count?': Count, 'truncated?': Count}
+PAIRED = {'difference': Number, 'stderr?': Size, 'p?': Share}
+PER_EXAMPLE = {...: {'values': [Maybe], 'sizes': [Size]}}
 EVALUATION = {
   'scores': {...: SCORE},
   'weights?': {...: Number},
-  'mean?': Positive,
-  'per_example?': {...: {'nats': [Number], 'bytes': [Number]}},
+  'tasks?': {...: str},
+  'per_example?': PER_EXAMPLE,
 }
+LOOK = {'model': str, 'weights?': {...: Number}, 'tasks': {...: str}, 'time?': str}
 COMPARISON = {'a': str, 'b': str, **PAIRED, 'per_task?': {...: PAIRED}}
 TRIAL = {
   'trial': Count,
   'sampler': str,
   'weights': {...: Number},
-  'scores': {...: SCORE},
-  'objective': Number,
+  'scores': {...: {**SCORE, 'value': Maybe}},
+  'objective': Maybe,
+  'numbers?': dict,
+  'search?': dict,
+  'tasks?': {...: str},
   'pool?': str,
 }
+EXAMPLES = {'trial': Count, 'per_example': PER_EXAMPLE}
 BEST = {
   'objective': str,
   'weights': {...: Number},
   'ratios?': {...: Number},
+  'numbers?': dict,
   'chosen': str,
-  'best_observed?': {'scores': {...: SCORE}, 'objective': Number},
-  'surrogate_optimum?': {'scores': {...: SCORE}, 'objective': Number, 'predicted?': Number},
+  'best_observed?': {'objective': Number},
+  'surrogate_optimum?': {'objective': Number, 'predicted?': Number},
 }
 GEOMETRY = {
   'datasets': [str],
@@ -90,17 +101,13 @@ MANIFEST = {
 
 def fault(value: object, shape: object, where: str = '') -> str:
   """Says what in `value` departs from `shape`, or '' if nothing does."""
-  if shape is Share and value is None:
+  if shape in (Share, Maybe) and value is None:
     return ''
-  if shape in (Number, Count, Size, Positive, Share):
+  if shape in (Number, Count, Size, Share, Maybe):
     kinds = int if shape is Count else (int, float)
     if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
       return f'{where or "the value"} is not a finite number'
-    out = {
-      Size: value < 0,
-      Positive: value <= 0,
-      Share: not 0 <= value <= 1,
-    }.get(shape, False)
+    out = {Size: value < 0, Share: not 0 <= value <= 1}.get(shape, False)
     return f'{where} is {value}, not {shape}' if out else ''
   if isinstance(shape, type):
     return '' if isinstance(value, shape) else f'{where or "the value"} is not a {shape.__name__}'
@@ -128,22 +135,30 @@ def fault(value: object, shape: object, where: str = '') -> str:
 
 @dataclass(frozen=True)
 class Study:
-  """One search: its trials in order (rows of the ledger) and its answer, {} before there is one."""
+  """One search: its trials in order (rows of the ledger) and its answer, {} before there is one.
+
+  `examples` maps a trial's number to its development scores by example, where they were kept.
+  """
 
   name: str
   trials: list[dict]
   best: dict
+  examples: dict[int, dict]
 
 
 @dataclass(frozen=True)
 class Run:
-  """What a run directory holds. `problems` are sentences about files that could not be used."""
+  """What a run directory holds. `problems` are sentences about files that could not be used.
+
+  `tasks` are those scored on test; `looks` has a row for every time that a model was.
+  """
 
   name: str
   datasets: list[str]
   tasks: list[str]
   evaluations: dict[str, dict]
   comparisons: list[dict]
+  looks: list[dict]
   studies: list[Study]
   geometry: dict
   trajectories: dict[str, dict]
@@ -179,12 +194,14 @@ def read_run(path: Path) -> Run:
     problems.append(f'{file.relative_to(path)} is damaged ({found}): it is left out here.')
     return None
 
-  def many(file: Path, shape: object) -> list[dict]:
+  def many(
+    file: Path, shape: object, fits: Callable[[object], str] = lambda value: ''
+  ) -> list[dict]:
     if not file.exists():
       return []
     try:
       lines = sum(bool(line.strip()) for line in file.read_bytes().splitlines())
-      rows = [row for row in read_jsonl(file) if not fault(row, shape)]
+      rows = [row for row in read_jsonl(file) if not (fault(row, shape) or fits(row))]
     except OSError as error:
       problems.append(
         f'{file.relative_to(path)} is damaged ({error.strerror}): it is left out here.'
@@ -200,12 +217,22 @@ def read_run(path: Path) -> Run:
   evaluations = {
     file.stem: value
     for file in sorted((path / 'evaluations').glob('*.json'))
-    if file.stem != 'comparisons' and (value := one(file, EVALUATION))
+    if file.stem != 'comparisons' and (value := one(file, EVALUATION, _in_range))
   }
+  problems += _drop_others(evaluations)
   studies = []
   for folder in sorted((path / 'studies').glob('*/')):
     best = one(folder / 'best.json', BEST) or {}
-    trials = many(folder / 'trials.jsonl', TRIAL)
+    trials = many(folder / 'trials.jsonl', TRIAL, _in_range)
+    # A trial that was scored again after a kill stands twice: the last line counts.
+    kept = many(folder / 'examples.jsonl', EXAMPLES)
+    examples = {row['trial']: row['per_example'] for row in kept}
+    if infeasible := [row for row in trials if row['objective'] is None]:
+      trials = [row for row in trials if row['objective'] is not None]
+      problems.append(
+        f'studies/{folder.name}/trials.jsonl has no finite score of '
+        f'trial {", ".join(str(row["trial"]) for row in infeasible)}: left out here.'
+      )
     # A ledger outlives its vectors: scores of an older pool say nothing about this one.
     current = [row for row in trials if row.get('pool') == trials[-1].get('pool')]
     if older := len(trials) - len(current):
@@ -214,7 +241,7 @@ def read_run(path: Path) -> Run:
         'left out here.'
       )
     if current or best:
-      studies.append(Study(folder.name, current, best))
+      studies.append(Study(folder.name, current, best, examples))
   geometry = one(path / 'vectors' / 'geometry.json', GEOMETRY, _square) or {}
   ways = path / 'vectors' / 'trajectory.json'
   trajectories = one(ways, {...: TRAJECTORY}, _in_step) or {}
@@ -224,6 +251,7 @@ def read_run(path: Path) -> Run:
     if (rows := many(folder / 'metrics.jsonl', STEP))
   }
   comparisons = one(path / 'evaluations' / 'comparisons.json', [COMPARISON]) or []
+  looks = many(path / 'evaluations' / 'test_looks.jsonl', LOOK)
   costs = many(path / 'costs.jsonl', COST)
   manifest = one(path / 'base' / 'manifest.json', MANIFEST) or {}
   gin = path / 'operative.gin'
@@ -239,9 +267,10 @@ def read_run(path: Path) -> Run:
       *(study.best.get('weights', {}) for study in studies),
       (name.removeprefix('cpt-') for name in evaluations if name.startswith('cpt-')),
     ),
-    tasks=_union(*(value['scores'] for value in [*evaluations.values(), *rows])),
+    tasks=_union(*(value['scores'] for value in evaluations.values())),
     evaluations=evaluations,
     comparisons=comparisons,
+    looks=looks,
     studies=studies,
     geometry=geometry,
     trajectories=trajectories,
@@ -261,66 +290,146 @@ def answer(run: Run) -> Study | None:
   return next(iter([*same, *answered]), None)
 
 
-def mean(evaluation: dict) -> float:
-  """The mean over tasks, bits/byte: as the evaluation wrote it, or unweighted."""
-  if evaluation.get('mean') is not None:
-    return evaluation['mean']
-  scores = [score['value'] for score in evaluation['scores'].values()]
-  return sum(scores) / len(scores)
+def seeds(trials: list[dict]) -> dict[str, int]:
+  """Where in `trials` 'base' (w = 0) and 'average' (w = 1/K) stand."""
+  found = {}
+  for i, trial in enumerate(trials):
+    weights = list(trial['weights'].values())
+    if not any(weights):
+      found.setdefault('base', i)
+    elif all(math.isclose(w, 1 / len(weights), rel_tol=1e-6) for w in weights):
+      found.setdefault('average', i)
+  return found
 
 
-def mean_stderr(scores: dict[str, dict]) -> float:
-  """Standard error of the mean over tasks, whose texts are independent."""
-  return math.hypot(*(score['stderr'] for score in scores.values())) / len(scores)
+class Measured(NamedTuple):
+  """A loss, or a difference of losses; `stderr` is nan and `p` None where not known."""
+
+  value: float
+  stderr: float
+  p: float | None = None
 
 
-def paired(run: Run, a: str, b: str) -> dict:
-  """Evaluation `a` minus `b`: {'difference', 'stderr', 'per_task'}, paired per example; {} if not.
+def kind(scores: Iterable[Mapping]) -> str:
+  """The unit that the scores share ('bits/byte' where there are none), or 'mixed'."""
+  units = {_unit(score) for score in scores}
+  return units.pop() if len(units) == 1 else 'mixed' if units else 'bits/byte'
 
-  As measured by the evaluation (comparisons.json) where it has the pair. Otherwise by the same
-  estimator, which is here again so that a page is drawn without JAX: the standard error of the
-  difference of two ratios sum(nats) / sum(bytes) on the same examples, linearised; nan where the
-  examples were not kept.
+
+def kinds(run: Run) -> dict[str, str]:
+  """The kind of each test task, and of the 'mean' over the core tasks."""
+  scores = {task: s for each in run.evaluations.values() for task, s in each['scores'].items()}
+  return {
+    'mean': kind(scores[task] for task in core(run)),
+    **{task: kind([score]) for task, score in scores.items()},
+  }
+
+
+def core(run: Run) -> list[str]:
+  """The test tasks that a mean is over: of those of OptiMer, base and average alike the ones that
+  the search sees too, if there are any.
+
+  A model may have been scored on more tasks, which then stand for themselves, or on fewer, and has
+  no mean.
   """
+  central = [run.evaluations[n] for n in ('optimer', 'base', 'average') if n in run.evaluations]
+  sets = [set(each['scores']) for each in central or run.evaluations.values()]
+  shared = set.intersection(*sets) if sets else set()
+  study = answer(run) or next(iter(run.studies), None)
+  searched = {task for trial in study.trials for task in trial['scores']} if study else set()
+  return sorted(shared & searched or shared)
+
+
+def losses(scores: Mapping[str, dict], tasks: Collection[str]) -> dict[str, Measured]:
+  """The loss of each task, and the 'mean' over `tasks` where all of these were scored."""
+  each = {
+    task: Measured(loss(score), _known(score.get('stderr'))) for task, score in scores.items()
+  }
+  return _with_mean(each, tasks)
+
+
+def paired(run: Run, a: str, b: str) -> dict[str, Measured]:
+  """Losses of evaluation `a` minus those of `b`, paired by example: of each task in common, and the
+  'mean' over the core tasks where both have them all; {} if there is nothing to compare.
+
+  As measured by the evaluation (comparisons.json) where it has the pair, else from the examples.
+  """
+  known = [set(run.evaluations[name]['scores']) for name in (a, b) if name in run.evaluations]
   for row in run.comparisons:
     sign = {(a, b): 1, (b, a): -1}.get((row['a'], row['b']))
     if sign:
       tasks = row.get('per_task') or {}
-      turned = {
-        task: {**one, 'difference': sign * one['difference']} for task, one in tasks.items()
-      }
-      return {**row, 'a': a, 'b': b, 'difference': sign * row['difference'], 'per_task': turned}
-  if a not in run.evaluations or b not in run.evaluations:
+      each = {t: _signed(one, sign) for t, one in tasks.items() if all(t in k for k in known)}
+      found, whole = _with_mean(each, core(run)), _signed(row, sign)
+      # Its mean is of the tasks that were searched when it was written; it alone knows p.
+      same = not tasks or ('mean' in found and abs(found['mean'].value - whole.value) < 1e-9)
+      return {**found, 'mean': whole} if same else found
+  if len(known) < 2:
     return {}
-  one, two = run.evaluations[a], run.evaluations[b]
-  if set(one['scores']) != set(two['scores']):
-    return {}
-  tasks = {
-    task: {
-      'difference': score['value'] - two['scores'][task]['value'],
-      'stderr': _paired_stderr(*((e.get('per_example') or {}).get(task) for e in (one, two))),
-    }
-    for task, score in one['scores'].items()
-  }
-  return {
-    'a': a,
-    'b': b,
-    'difference': mean(one) - mean(two),
-    'stderr': mean_stderr(tasks),
-    'per_task': tasks,
-  }
+  return difference(run.evaluations[a], run.evaluations[b], core(run))
 
 
-def _paired_stderr(one: dict | None, two: dict | None) -> float:
-  if not one or not two or one['bytes'] != two['bytes'] or len(one['bytes']) < 2:
-    return math.nan
-  size, total = len(one['bytes']), sum(one['bytes'])
-  if not total or len(one['nats']) != size or len(two['nats']) != size:
-    return math.nan
-  change = [x - y for x, y in zip(one['nats'], two['nats'], strict=True)]
-  rate = sum(change) / total
-  rest = math.hypot(*(c - rate * b for c, b in zip(change, one['bytes'], strict=True)))
-  return math.sqrt(size / (size - 1)) * rest / (total * math.log(2))
+def difference(one: Mapping, two: Mapping, tasks: Collection[str]) -> dict[str, Measured]:
+  """Losses of `one` minus those of `two` ({'scores', 'per_example'}), as `paired` gives them.
+
+  The mean is over `tasks`. Where the examples were not kept, or are others, stderr is nan.
+  """
+  each, pairs = {}, {}
+  for task, score in one['scores'].items():
+    other = two['scores'].get(task)
+    if other and _of(one, task) == _of(two, task):
+      each[task] = Measured(loss(score) - loss(other), math.nan)
+      if pair := _pair(one, two, task):
+        pairs[task] = pair
+  if pairs:
+    found = compare(*({task: pair[i] for task, pair in pairs.items()} for i in (0, 1)))
+    each |= {task: _signed(row) for task, row in found['per_task'].items()}
+    if set(each) == set(pairs) == set(tasks):
+      return {'mean': _signed(found), **each}
+  return _with_mean(each, tasks)
+
+
+def _pair(one: Mapping, two: Mapping, task: str) -> tuple[Score, Score] | None:
+  """The task's scores by example, if they are of the same examples and have a standard error."""
+  kept = [(each.get('per_example') or {}).get(task) for each in (one, two)]
+  if not all(kept):
+    return None
+  sizes = kept[0]['sizes']
+  if sizes != kept[1]['sizes'] or len(sizes) < 2 or not sum(sizes):
+    return None
+  if any(len(each['values']) != len(sizes) or None in each['values'] for each in kept):
+    return None
+  unit = _unit(one['scores'][task])
+  return tuple(
+    Score(np.array(each['values'], float), np.array(sizes, float), unit) for each in kept
+  )
+
+
+def _with_mean(each: dict[str, Measured], tasks: Collection[str]) -> dict[str, Measured]:
+  """Adds the mean over `tasks`, whose examples are independent, if all are there."""
+  if not tasks or not set(tasks) <= set(each):
+    return each
+  value = sum(each[task].value for task in tasks) / len(tasks)
+  error = math.sqrt(sum(each[task].stderr ** 2 for task in tasks)) / len(tasks)
+  p = each[next(iter(tasks))].p if len(tasks) == 1 else None
+  return {'mean': Measured(value, error, p), **each}
+
+
+def _signed(row: Mapping, sign: int = 1) -> Measured:
+  return Measured(sign * row['difference'], _known(row.get('stderr')), row.get('p'))
+
+
+def _known(stderr: float | None) -> float:
+  return math.nan if stderr is None else stderr
+
+
+def _of(scored: Mapping, task: str) -> tuple[str, str | None]:
+  """Unit and digest of the data: what two scores of a task must share to be compared."""
+  return _unit(scored['scores'][task]), (scored.get('tasks') or {}).get(task)
+
+
+def _unit(score: Mapping) -> str:
+  return score.get('unit') or 'bits/byte'
 
 
 def stages(costs: list[dict]) -> list[dict]:
@@ -341,6 +450,37 @@ def stages(costs: list[dict]) -> list[dict]:
 def _union(*names) -> list[str]:
   # Sorted, so that a data set keeps its colour whichever files there are.
   return sorted({name for some in names for name in some})
+
+
+def _in_range(value: dict) -> str:
+  for task, score in value['scores'].items():
+    unit, found = _unit(score), score['value']
+    if unit not in UNITS:
+      return f'scores.{task}.unit is {unit}, not {" or ".join(UNITS)}'
+    if found is None and value['objective'] is not None:
+      return f'scores.{task}.value is not a finite number'
+    if found is not None and (found > 1 if unit == 'accuracy' else found <= 0):
+      return f'scores.{task}.value is {found}, which is no {unit}'
+  return ''
+
+
+def _drop_others(evaluations: dict[str, dict]) -> list[str]:
+  """Leaves out scores on other data, or in another unit, than others of the task; says which."""
+  first, problems = {}, []
+  rank = {name: i for i, name in enumerate(('base', 'optimer', 'average'))}
+  for name in sorted(evaluations, key=lambda name: (rank.get(name, len(rank)), name)):
+    scores = evaluations[name]['scores']
+    for task in list(scores):
+      model, there = first.setdefault(task, (name, _of(evaluations[name], task)))
+      if there != _of(evaluations[name], task):
+        problems.append(
+          f'evaluations/{name}.json has {task} on other data, or in another unit, than '
+          f'{model}.json: left out here, until both are evaluated again.'
+        )
+        del scores[task]
+    if not scores:
+      del evaluations[name]
+  return problems
 
 
 def _square(value: dict) -> str:

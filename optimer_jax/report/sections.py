@@ -1,13 +1,38 @@
 """The sections of the report: which text, figures and tables stand where, or what is missing."""
 
 import json
-import math
 from collections.abc import Iterator
 
 from optimer_jax.report import plots
 from optimer_jax.report.blocks import Cell, Details, Picture, Section, Table, Text, missing
-from optimer_jax.report.outcome import count, label, number, pick, plus_minus, scientific, verdict
-from optimer_jax.report.read import Run, Study, answer, mean, mean_stderr, paired, stages
+from optimer_jax.report.held_out import held_out, truncated
+from optimer_jax.report.outcome import (
+  LOSSES,
+  MEANS,
+  SCORES,
+  chance,
+  change,
+  count,
+  label,
+  level,
+  number,
+  scientific,
+  score,
+  verdict,
+)
+from optimer_jax.report.read import (
+  Measured,
+  Run,
+  Study,
+  answer,
+  core,
+  kind,
+  kinds,
+  losses,
+  paired,
+  seeds,
+  stages,
+)
 from optimer_jax.report.style import AVERAGE, BASE, MUTED, OPTIMER, Look, looks
 from optimer_jax.report.vectors import vectors
 
@@ -17,19 +42,15 @@ def build(run: Run) -> list[Section]:
   parts = (
     ('weights', 'Merge weights and mixture ratios', _weights),
     ('scores', 'Test scores', _scores),
+    ('gap', 'Development and test', held_out),
     ('search', 'Search', _search),
     ('space', 'Trials in weight space', _space),
-    ('gap', 'Development and test', _gap),
     ('vectors', 'Distribution vectors', vectors),
     ('training', 'Training', _training),
     ('costs', 'Costs', _costs),
     ('model', 'Model and configuration', _model),
   )
   return [Section(id, title, list(blocks(run))) for id, title, blocks in parts]
-
-
-def _chosen(best: dict) -> dict:
-  return best.get(best['chosen']) or best.get('best_observed') or {}
 
 
 def _weights(run: Run) -> Iterator:
@@ -45,9 +66,9 @@ def _weights(run: Run) -> Iterator:
     'best_observed': 'the best trial observed',
   }.get(best['chosen'], best['chosen'])
   text = f'Study “{study.name}”, objective {best["objective"]}: {how}'
-  row = _chosen(best)
+  row = best.get(best['chosen']) or best.get('best_observed')
   if row:
-    text += f', {number(row["objective"])} bits/byte on the development text'
+    text += f', {_objective(row["objective"], study)} on the development data'
     if row.get('predicted') is not None:
       text += f' (predicted {number(row["predicted"])})'
   yield Text(text + '.')
@@ -79,38 +100,24 @@ def models(run: Run) -> list[plots.Model]:
   last = ['optimer', 'exported']
   others = [name for name in run.evaluations if name not in first + last]
   styles = {'base': BASE, 'average': AVERAGE, 'optimer': OPTIMER}
-  found = []
-  for name in [*first, *others, *last]:
-    if name not in run.evaluations:
-      continue
-    scores = run.evaluations[name]['scores']
-    found.append(
-      plots.Model(
-        name,
-        label(name),
-        styles.get(name) or look.get(name[4:]) or Look(MUTED, 'X'),
-        {
-          'mean': (mean(run.evaluations[name]), mean_stderr(scores)),
-          **{task: (score['value'], score['stderr']) for task, score in scores.items()},
-        },
-        _change(run, name),
-      )
+  return [
+    plots.Model(
+      name,
+      label(name),
+      styles.get(name) or look.get(name.removeprefix('cpt-')) or Look(MUTED, 'X'),
+      losses(run.evaluations[name]['scores'], core(run)),
+      _change(run, name),
     )
-  return found
+    for name in [*first, *others, *last]
+    if name in run.evaluations
+  ]
 
 
-def _change(run: Run, name: str) -> dict[str, tuple[float, float]]:
+def _change(run: Run, name: str) -> dict[str, Measured]:
   """Paired difference from base by column, {} where the two cannot be compared."""
-  if 'base' not in run.evaluations:
-    return {}
-  tasks = run.evaluations['base']['scores']
   if name == 'base':
-    return dict.fromkeys(['mean', *tasks], (0.0, 0.0))
-  found = paired(run, name, 'base')
-  if not found:
-    return {}
-  each = {'mean': found, **{task: found['per_task'].get(task) for task in tasks}}
-  return {column: tuple(pick(one).values()) for column, one in each.items() if one}
+    return dict.fromkeys(losses(run.evaluations['base']['scores'], core(run)), Measured(0.0, 0.0))
+  return paired(run, name, 'base') if 'base' in run.evaluations else {}
 
 
 def _scores(run: Run) -> Iterator:
@@ -121,82 +128,147 @@ def _scores(run: Run) -> Iterator:
   rows = models(run)
   if not rows:
     return
-  columns = ['mean', *run.tasks]
-  drawn = [model for model in rows if model.name != 'exported']
-  relative = all(model.change for model in drawn)
+  kind_of = kinds(run)
+  columns = [column for column in ('mean', *run.tasks) if any(column in m.scores for m in rows)]
+  if core(run) != run.tasks:
+    yield Text(
+      f'The mean is over {", ".join(core(run)) or "nothing"}: what OptiMer, base and uniform '
+      'average were all scored on and, if there is such a task, the search sees too.'
+    )
+  # Where there is a base, a model or task that cannot be set against it is in the table only.
+  relative = 'base' in run.evaluations
+  drawn = [m for m in rows if m.name != 'exported' and (m.change or not relative)]
+  panels = {
+    column: kind_of[column]
+    for column in columns
+    if any(column in m.scores and (column in m.change or not relative) for m in drawn)
+  }
+  words = SCORES[
+    kind(score for each in run.evaluations.values() for score in each['scores'].values())
+  ]
   if drawn:
-    told = '; '.join(f'{model.label} {number(model.scores["mean"][0])}' for model in drawn)
+    told = '; '.join(
+      f'{m.label} {level(m.scores["mean"].value, kind_of["mean"])}'
+      for m in drawn
+      if 'mean' in m.scores
+    )
     yield Picture(
       'overview',
-      plots.scores(drawn, columns),
-      (
-        'Change of test bits per byte against the base, in per cent of the base’s own score, '
-        'since domains differ in scale; to the left is better. Bars: ± 2 standard errors of the '
-        'paired difference. Beside each point: bits per byte, the lowest in bold.'
-        if relative
-        else 'Test bits per byte ± 2 standard errors, each panel on its own scale (without '
-        'scores of the base on the same tasks there is no change to show).'
-      ),
-      f'Dot plot of test scores by domain. Mean bits per byte: {told}.',
+      plots.scores(drawn, [*panels], panels),
+      _caption(words, {*panels.values()}, relative),
+      f'Dot plot of test scores by {"domain" if words == SCORES["bits/byte"] else "task"}. '
+      f'Mean {MEANS[kind_of["mean"]]}: {told or "none"}.',
     )
+  own = [row for row in rows if row.name != 'exported']
   best = {
-    column: min((row.scores[column][0] for row in drawn if column in row.scores), default=None)
+    column: min((row.scores[column].value for row in own if column in row.scores), default=None)
     for column in columns
   }
-  table = [
-    [
-      Cell(row.label),
-      *(
-        Cell(
-          f'{number(row.scores[column][0])} ± {number(row.scores[column][1])}',
-          plus_minus(*row.change[column]) if column in row.change and row.name != 'base' else '',
-          row.name != 'exported' and row.scores[column][0] == best[column],
-        )
-        if column in row.scores
-        else Cell('–')
-        for column in columns
-      ),
-    ]
-    for row in rows
-  ]
   yield Table(
-    'Test bits per byte ± standard error; below, the change against base ± standard error of the '
-    'paired difference. Bold: the lowest of each column.',
+    f'Test {words} ± standard error; below, the change against base ± standard error of the '
+    'paired difference. Bold: the best of each column.',
     ['model', *columns],
-    table,
-  )
-  if run.comparisons:
-    compared = {task for row in run.comparisons for task in row.get('per_task') or {}}
-    tasks = [task for task in run.tasks if task in compared]
-    yield Table(
-      'Paired differences, bits per byte, and standard errors; negative: the first is better.',
-      ['pair', 'mean', *tasks, 'by the mean, at 2 s.e.'],
+    [
       [
-        [
-          Cell(f'{label(row["a"])} − {label(row["b"])}'),
-          *(
-            Cell(*plus_minus(**pick(one)).split(' ', 1)) if one else Cell('–')
-            for one in [row, *((row.get('per_task') or {}).get(task) for task in tasks)]
-          ),
-          Cell(verdict(**pick(row)).removesuffix(' than').removesuffix(' from')),
-        ]
-        for row in run.comparisons
-      ],
-    )
+        Cell(row.label),
+        *(
+          Cell(
+            score(row.scores[column], kind_of[column]),
+            change(row.change[column], kind_of[column])
+            if column in row.change and row.name != 'base'
+            else '',
+            row.name != 'exported' and row.scores[column].value == best[column],
+          )
+          if column in row.scores
+          else Cell('–')
+          for column in columns
+        ),
+      ]
+      for row in rows
+    ],
+  )
+  if text := truncated(run):
+    yield Text(text)
+  if run.comparisons:
+    yield _pairs(run, kind_of)
   else:
     yield missing(run, 'paired comparisons', 'evaluate', 'evaluations/comparisons.json')
 
 
-def _seeds(trials: list[dict]) -> dict[str, int]:
-  """Where in `trials` the base (w = 0) and the uniform average (w = 1/K) stand."""
-  found = {}
-  for i, trial in enumerate(trials):
-    weights = list(trial['weights'].values())
-    if not any(weights):
-      found.setdefault('base', i)
-    elif all(math.isclose(w, 1 / len(weights), rel_tol=1e-6) for w in weights):
-      found.setdefault('uniform average', i)
-  return found
+def _caption(words: str, drawn: set[str], relative: bool) -> str:
+  if not relative:
+    return (
+      f'Test {words}{", drawn as losses," if drawn != {"bits/byte"} else ""} ± 2 standard errors, '
+      'each panel on its own scale (without scores of the base there is no change to show).'
+    )
+  if drawn == {'bits/byte'}:
+    what = (
+      'Change of test bits per byte against the base, in per cent of the base’s own score, since '
+      'domains differ in scale; to the left is better. '
+    )
+    beside = 'bits per byte, the lowest'
+  else:
+    rest = '' if drawn == {'accuracy'} else ', of the rest in per cent of the base’s own'
+    what = f'Change of 1 − accuracy on test against the base in points{rest}; left is better. '
+    beside = 'the score, the best'
+  return (
+    f'{what}Bars: ± 2 standard errors of the paired difference. Beside each point: {beside} in '
+    'bold.'
+  )
+
+
+def _pairs(run: Run, kind_of: dict[str, str]) -> Table:
+  rows = [(row['a'], row['b'], paired(run, row['a'], row['b'])) for row in run.comparisons]
+  tasks = [task for task in run.tasks if any(task in found for _, _, found in rows)]
+  shown = {kind_of[column] for column in ('mean', *tasks)}
+  better = {
+    'bits/byte': 'negative is better in bits per byte',
+    'accuracy': 'positive is better in points of accuracy',
+    'mixed': 'negative is better in the mean loss (bits per byte; 1 − accuracy)',
+  }
+  if shown == {'bits/byte'}:
+    text = 'Paired differences, bits per byte, and standard errors; negative: the first is better.'
+  else:
+    signs = '; '.join(better[each] for each in better if each in shown)
+    text = f'Paired differences, the first less the second, and standard errors: {signs}.'
+  if any(one.p is not None for _, _, found in rows for one in found.values()):
+    text += (
+      ' p: two-sided, of no difference, by flipping the signs of the examples’ differences; each '
+      'for itself, not corrected for their number.'
+    )
+  return Table(
+    text,
+    ['pair', 'mean', *tasks, 'by the mean, at 2 s.e.'],
+    [
+      [
+        Cell(f'{label(a)} − {label(b)}'),
+        *(_difference(found.get(column), kind_of[column]) for column in ('mean', *tasks)),
+        Cell(
+          verdict(found['mean']).removesuffix(' than').removesuffix(' from')
+          if 'mean' in found
+          else '–'
+        ),
+      ]
+      for a, b, found in rows
+    ],
+  )
+
+
+def _difference(found: Measured | None, what: str) -> Cell:
+  if not found:
+    return Cell('–')
+  value, error = change(found, what).split(' ', 1)
+  return Cell(value, ', '.join(filter(None, [error, chance(found.p)])))
+
+
+def _unit(study: Study) -> str:
+  """What the study's objective is in."""
+  return LOSSES[kind(score for trial in study.trials for score in trial['scores'].values())]
+
+
+def _objective(value: float, study: Study) -> str:
+  unit = _unit(study)
+  return f'{number(value)} {unit if unit == LOSSES["bits/byte"] else f"({unit})"}'
 
 
 def _trials(run: Run) -> Iterator[tuple[Study, str]]:
@@ -213,12 +285,17 @@ def _search(run: Run) -> Iterator:
     best = min(study.trials, key=lambda trial: trial['objective'])
     yield Text(
       f'Study “{study.name}”: {count(len(study.trials), "trial")}, the best '
-      f'{number(best["objective"])} bits/byte in trial {best["trial"]} ({best["sampler"]}).'
+      f'{_objective(best["objective"], study)} in trial {best["trial"]} ({best["sampler"]}).'
     )
     yield Picture(
       f'convergence{suffix}',
-      plots.convergence(study.trials, study.best.get('objective', ''), _seeds(study.trials)),
-      'Objective on the development text against the trial, by where the trial came from, and the '
+      plots.convergence(
+        study.trials,
+        study.best.get('objective', ''),
+        {label(name): i for name, i in seeds(study.trials).items()},
+        _unit(study),
+      ),
+      'Objective on the development data against the trial, by where the trial came from, and the '
       'best so far. Trials far above the rest stand at the upper edge with their value.',
       f'Search of study {study.name}: the best objective falls from '
       f'{number(study.trials[0]["objective"])} to {number(best["objective"])} '
@@ -244,71 +321,6 @@ def _space(run: Run) -> Iterator:
       'Stronger colour is better; the best trial is thick. Dashed: uniform.',
       f'Parallel coordinates of {count(len(study.trials), "trial")}. The best has w: {listed}.',
     )
-
-
-def _gap(run: Run) -> Iterator:
-  study = answer(run)
-  if not study:
-    yield missing(
-      run, 'development scores of base, uniform average and optimum', 'search', 'studies/NAME'
-    )
-    return
-  seeds = {name: study.trials[i] for name, i in _seeds(study.trials).items()}
-  dev = {'base': seeds.get('base'), 'average': seeds.get('uniform average')}
-  dev['optimer'] = _chosen(study.best)
-  rows = []
-  for name, look in zip(dev, (BASE, AVERAGE, OPTIMER), strict=True):
-    test = run.evaluations.get(name)
-    if not dev[name] or not test:
-      where = 'development' if not dev[name] else 'test'
-      file = f'studies/{study.name}' if not dev[name] else f'evaluations/{name}.json'
-      verb = 'search' if not dev[name] else 'evaluate'
-      yield missing(run, f'{where} scores of {label(name)}', verb, file)
-      continue
-    rows.append(
-      plots.Gap(
-        label(name),
-        look,
-        _columns(dev[name]['scores']),
-        _columns(test['scores'], mean(test)),
-        _change(run, name),
-      )
-    )
-  if not rows or rows[0].label != 'base':
-    return
-  base = rows[0]
-  told = '; '.join(
-    f'{row.label} {number(row.dev["mean"][0])} and {number(row.test["mean"][0])}' for row in rows
-  )
-  yield Picture(
-    'dev-test',
-    plots.gap(rows, looks(run.datasets)),
-    'Left: the two texts are different documents, so their levels differ for every model. Right: '
-    'what the search gained on the development text against what stays on the test text; on the '
-    'diagonal everything stays. Bars: ± 2 standard errors, paired on the right (test only).',
-    f'Mean bits per byte on development and test text: {told}.',
-  )
-  yield Table(
-    'Mean bits per byte ± standard error, and the change against base.',
-    ['model', 'development', 'test', 'change, development', 'change, test'],
-    [
-      [
-        Cell(row.label),
-        *(Cell(f'{number(v)} ± {number(e)}') for v, e in (row.dev['mean'], row.test['mean'])),
-        *(
-          Cell('–' if row is base else f'{number(100 * (r["mean"][0] / b["mean"][0] - 1), 2)}%')
-          for r, b in ((row.dev, base.dev), (row.test, base.test))
-        ),
-      ]
-      for row in rows
-    ],
-  )
-
-
-def _columns(scores: dict, average: float | None = None) -> dict[str, tuple[float, float]]:
-  average = mean({'scores': scores}) if average is None else average
-  each = {task: (score['value'], score['stderr']) for task, score in scores.items()}
-  return {'mean': (average, mean_stderr(scores)), **each}
 
 
 def _training(run: Run) -> Iterator:

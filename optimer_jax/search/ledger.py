@@ -22,6 +22,7 @@ def make_row(
   objective: float,
   pool: str,
   search: Mapping,
+  tasks: Mapping[str, str],
 ) -> dict:
   """A ledger row.
 
@@ -34,6 +35,7 @@ def make_row(
     objective: to be minimised; a value that is not finite becomes None (infeasible).
     pool: fingerprint of the vector pool.
     search: the objective's name, the bounds and the seed under which the row was found.
+    tasks: digest of the data of each task.
   """
   return {
     'trial': trial,
@@ -46,6 +48,7 @@ def make_row(
     'flops': _plain(result['flops']),
     'pool': pool,
     'search': dict(search),
+    'tasks': dict(tasks),
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')[:-6] + 'Z',
   }
 
@@ -56,13 +59,13 @@ def append_trial(path: Path | str, row: Mapping) -> None:
 
 
 def read_ledger(
-  path: Path | str, pool: str, names: Sequence[str], tasks: Sequence[str], search: Mapping
+  path: Path | str, pool: str, names: Sequence[str], tasks: Mapping[str, str], search: Mapping
 ) -> list[dict]:
   """The rows of a study, in order; a missing ledger is [].
 
   Raises:
-    UserError: the ledger is of another pool, other data sets, other tasks or another search
-      configuration, or a line in the middle of it is lost.
+    UserError: the ledger is of another pool, other data sets, other tasks, other data of a task
+      or another search configuration, or a line in the middle of it is lost.
   """
   rows = read_jsonl(path)
   for number, row in enumerate(rows, 1):
@@ -77,6 +80,13 @@ def read_ledger(
           f'{path} was written with {what} {_show(there)}, not {_show(here)}: '
           'give the study another name, or go back to what it was begun with'
         )
+    there = row.get('tasks', {})
+    if changed := sorted(task for task, digest in tasks.items() if there.get(task) != digest):
+      raise UserError(
+        f'the development data of {", ".join(changed)} are not those of trial {number} in {path} '
+        '(their files, settings or tokenizer changed): bring them back, or give the study another '
+        'name'
+      )
     if row['trial'] != number:
       raise UserError(
         f'{path} has lost trial {number} (a damaged line): restore the file, or delete it and '

@@ -5,19 +5,21 @@ import math
 from collections.abc import Callable, Mapping
 
 from optimer_jax.errors import UsageError
+from optimer_jax.evaluation.scores import loss
 
-# {task: {'value': …, 'stderr': …}}; a value that is not finite stands as None or NaN.
+# {task: {'value': …, 'stderr': …, 'unit': …}}; a value that is not finite stands as None or NaN.
+# Objectives see losses: bits per byte, 1 - accuracy.
 Scores = Mapping[str, Mapping]
 
 
 def mean(scores: Scores) -> float:
-  """The unweighted mean over tasks; NaN if a task has no finite value."""
+  """The unweighted mean of the tasks' losses; NaN if a task has no finite value."""
   values = _values(scores)
   return sum(values) / len(values)
 
 
 def worst(scores: Scores) -> float:
-  """The score of the worst task; NaN if a task has no finite value."""
+  """The loss of the worst task; NaN if a task has no finite value."""
   values = _values(scores)
   return math.nan if any(map(math.isnan, values)) else max(values)
 
@@ -53,5 +55,5 @@ def standard_error(objective: Callable[[Scores], float], scores: Scores) -> floa
 
 
 def _values(scores: Scores) -> list[float]:
-  values = [score['value'] for score in scores.values()]
-  return [math.nan if value is None or not math.isfinite(value) else value for value in values]
+  values = [loss(score) for score in scores.values()]
+  return [value if math.isfinite(value) else math.nan for value in values]

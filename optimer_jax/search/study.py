@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from optimer_jax.errors import UsageError, UserError
-from optimer_jax.files import write_json
+from optimer_jax.files import append_jsonl, write_json
 from optimer_jax.progress import say
 from optimer_jax.search.ledger import append_trial, make_row, read_ledger
 from optimer_jax.search.objectives import objective_named, standard_error
@@ -56,11 +56,11 @@ def run_study(
   an unbroken run (but for times). A finished study returns at once.
 
   Args:
-    directory: of the study; holds trials.jsonl (the truth), study.db and best.json.
+    directory: of the study; holds trials.jsonl (the truth), examples.jsonl, study.db and best.json.
     names: the K data sets of the pool.
     evaluate: {data set: weight}, and 'density' where it is searched -> {'scores': {task: {'value',
-      'stderr', …}}, 'seconds', 'flops'}; lower scores are better; a value that is not finite makes
-      the candidate infeasible.
+      'stderr', 'unit', …}}, 'seconds', 'flops'}, and 'per_example', which is kept beside the
+      ledger; a value that is not finite makes the candidate infeasible.
     config: what to search.
     pool: fingerprint of the vector pool.
     tasks: the tasks that `evaluate` scores, each with a digest of the data that it scores on.
@@ -76,7 +76,6 @@ def run_study(
   directory = Path(directory)
   ledger = directory / 'trials.jsonl'
   search = {key: getattr(config, key) for key in ('objective', 'lower', 'upper', 'seed')}
-  search['development data'] = ', '.join(f'{task} {data}' for task, data in sorted(tasks.items()))
   if method:
     search['merge method'] = method
   space = dict.fromkeys(names, (config.lower, config.upper))
@@ -110,9 +109,11 @@ def run_study(
           raise ValueError(f'scored {sorted(result["scores"])}, not the tasks {sorted(tasks)}')
         value = objective(result['scores'])
         weights, others = ({x: point[x] for x in some} for some in (names, numbers))
-        row = make_row(number, kind, weights, others, result, value, pool, search)
+        row = make_row(number, kind, weights, others, result, value, pool, search, tasks)
         if predicted is not None:
           row['predicted'] = predicted
+        if examples := result.get('per_example'):
+          append_jsonl(directory / 'examples.jsonl', {'trial': number, 'per_example': examples})
         append_trial(ledger, row)
         rows.append(row)
         sampler.observe(_point(row), row['objective'])

@@ -1,0 +1,178 @@
+"""A run: one directory, everything that its results depend on, and what its stages begin with."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+from optimer_jax.checkpoints import base as bases
+from optimer_jax.checkpoints import store
+from optimer_jax.data.datasets import Dataset
+from optimer_jax.data.sources import default_cache
+from optimer_jax.data.tokenizer import Tokenizer
+from optimer_jax.errors import UsageError, UserError
+from optimer_jax.evaluation.engine import Engine, Prepared, Task
+from optimer_jax.evaluation.tasks import BitsPerByte
+from optimer_jax.files import read_json
+from optimer_jax.gemma3 import Gemma3Config, Model
+from optimer_jax.merging.candidates import MergeConfig
+from optimer_jax.parallel.sharding import MeshConfig
+from optimer_jax.parallel.startup import release_memory
+from optimer_jax.report import costs
+from optimer_jax.search.study import StudyConfig
+from optimer_jax.training.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """How much of the data sets' held-out text is scored, and how much is computed at once.
+
+  Attributes:
+    text: score bits per byte of each data set's own text, beside what `Run.tasks` names.
+    dev_rows, test_rows: windows of `Run.length` tokens, one of a document, of each data set.
+    seed: of the choice of windows.
+    context, batch_tokens, generate_rows: of the `Engine`.
+  """
+
+  text: bool = True
+  dev_rows: int = 64
+  test_rows: int = 64
+  seed: int = 0
+  context: int = 4096
+  batch_tokens: int = 4096
+  generate_rows: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run directory and everything that its results depend on."""
+
+  directory: str
+  base: str  # what `checkpoints.base.open_source` takes
+  datasets: tuple[Dataset, ...]
+  length: int = 1024  # tokens of a row, T
+  trim_vocabulary: int = 0  # keep tokens seen this often in the training text; 0 keeps them all
+  dtype: str = 'float32'  # of activations and matrix products; bfloat16 on accelerators
+  scan: bool | None = None  # scan over layers; default: everywhere but on CPU
+  remat: bool = True  # compute a layer again for its gradient, to save memory
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  tasks: tuple[Task, ...] = ()  # scored beside the data sets' text: on dev by the search, on test
+  test_tasks: tuple[Task, ...] = ()  # scored on test alone
+  study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
+  merging: MergeConfig = dataclasses.field(default_factory=MergeConfig)
+  vectors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> model to extract
+  vector_dtype: str = 'float32'
+  export_dtype: str | None = None  # default: that of the base
+  cache: str | None = None  # downloads and packed rows; default: ~/.cache/optimer_jax
+  expect: str = ''  # what the pipeline says at its start of time and memory
+  gin: str = ''  # the operative gin, kept with the results
+
+  def __post_init__(self):
+    for name in self.vectors:
+      if name in self.names or name == 'base':
+        raise UsageError(f'Run.vectors: the name {name!r} is taken: give the vector another one')
+    for key in ('tasks', 'test_tasks'):
+      if not isinstance(getattr(self, key), tuple):
+        raise UsageError(f'Run.{key} is one task: write a tuple, as in (%gsm8k,)')
+    text = self.names if self.evaluation.text else ()
+    names = [*text, *(task.name for task in (*self.tasks, *self.test_tasks))]
+    if twice := [name for name in names if names.count(name) > 1]:
+      raise UsageError(f'two tasks are called {twice[0]!r}: give one of them another name')
+
+  @property
+  def path(self) -> Path:
+    return Path(self.directory)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Of the data sets."""
+    return tuple(dataset.name for dataset in self.datasets)
+
+  @property
+  def vector_paths(self) -> dict[str, Path]:
+    """The pool: the vectors of the data sets, and of models that were trained elsewhere."""
+    return {name: self.path / 'vectors' / name for name in (*self.names, *self.vectors)}
+
+  @property
+  def cache_path(self) -> Path:
+    return Path(self.cache) if self.cache else default_cache()
+
+  def dataset(self, name: str) -> Dataset:
+    for dataset in self.datasets:
+      if dataset.name == name:
+        return dataset
+    raise UserError(f'the run has no data set {name!r}; it has {", ".join(self.names)}')
+
+
+@contextlib.contextmanager
+def stage(run: Run, name: str) -> Iterator[dict]:
+  """Accounts for a stage, and starts it without the memory that the last one left behind."""
+  release_memory()
+  with costs.account(run.path, name) as cost:
+    yield cost
+
+
+def model_of(run: Run, config: Gemma3Config | None = None) -> Model:
+  """What the run computes with; default: the base's architecture."""
+  config = config or store.read_manifest(run.path / 'base', 'base').model
+  scan = jax.default_backend() != 'cpu' if run.scan is None else run.scan
+  return Model(config, dtype=run.dtype, scan=scan, remat=run.remat)
+
+
+def tokenizer_of(run: Run) -> Tokenizer:
+  """The base's, with the vocabulary that the base keeps."""
+  base = run.path / 'base'
+  store.sound_file(base, 'tokenizer.json')
+  return Tokenizer.load(base, bases.kept_vocabulary(base))
+
+
+def engine_of(
+  run: Run, config: Gemma3Config | None = None, tokenizer: Tokenizer | None = None
+) -> Engine:
+  """What models are scored with; default: the base's architecture and tokenizer."""
+  return Engine(
+    model_of(run, config),
+    tokenizer or tokenizer_of(run),
+    run.evaluation.context,
+    run.evaluation.batch_tokens,
+    run.evaluation.generate_rows,
+    cache=run.cache_path,
+  )
+
+
+def text_task(run: Run, dataset: Dataset, split: str) -> BitsPerByte:
+  """Bits per byte of a data set's held-out text."""
+  rows = run.evaluation.dev_rows if split == 'dev' else run.evaluation.test_rows
+  seed = run.evaluation.seed
+  return BitsPerByte(dataset.name, dataset.dev, dataset.test, run.length, rows, seed)
+
+
+def tasks_of(run: Run, split: str) -> tuple[Task, ...]:
+  """What models are scored on: by the search on 'dev', in the end on 'test'.
+
+  UsageError if there is nothing.
+  """
+  text = [text_task(run, each, split) for each in run.datasets if run.evaluation.text]
+  tasks = (*text, *run.tasks, *(run.test_tasks if split == 'test' else ()))
+  if not tasks:
+    raise UsageError('there is nothing to score: bind Run.tasks, or set EvalConfig.text = True')
+  return tasks
+
+
+def prepare(tasks: tuple[Task, ...], engine: Engine, split: str) -> dict[str, Prepared]:
+  """The tasks by name, read and planned for any number of candidates."""
+  return {task.name: task.prepare(engine, split) for task in tasks}
+
+
+def best_of(run: Run) -> dict:
+  """The study's answer: best.json."""
+  return read_json(run.path / 'studies' / run.study.name / 'best.json')
+
+
+def vector_fingerprints(run: Run) -> dict[str, str]:
+  paths = run.vector_paths
+  return {name: store.read_manifest(path, 'vector').fingerprint for name, path in paths.items()}
