@@ -31,7 +31,7 @@ known-model:
 test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q tests --ignore=tests/long
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore=tests/long
 
 test-long: .venv/.test
 	$(BIN)/python -m pytest -q tests/long

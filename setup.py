@@ -63,11 +63,13 @@ setup(
     'lm_eval': ['lm-eval==0.4.13'],
     'peers': ['cmaes', 'mergekit', 'optuna', 'torch==2.13.0'],
     'test': [
+      'filelock',
       'hypothesis',
       'lm-eval==0.4.13',
       'packaging',
       'peft',
       'pytest',
+      'pytest-xdist',
       'ruff',
       'sentencepiece',
       'setuptools>=77',

@@ -1,6 +1,7 @@
 """What several test files need: a model small enough to compile in a second or two."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
@@ -9,14 +10,22 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import jax
 import pytest
+from filelock import FileLock
 
 from optimer_jax.gemma3 import Gemma3Config
 
 
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory, worker_id) -> Path:
+  """A folder of all the processes that share the tests among them."""
+  here = tmp_path_factory.getbasetemp()
+  return here if worker_id == 'master' else here.parent
+
+
 @pytest.fixture(scope='session', autouse=True)
-def compiled_programs(tmp_path_factory):
-  """Programs compiled by one test serve the processes that other tests start."""
-  cache = str(tmp_path_factory.mktemp('compiled'))
+def compiled_programs(shared):
+  """Programs compiled by one test serve the other processes, and those that tests start."""
+  cache = str(shared / 'compiled')
   jax.config.update('jax_compilation_cache_dir', cache)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = cache
@@ -30,12 +39,14 @@ def small() -> Gemma3Config:
 
 
 @pytest.fixture(scope='session')
-def done(tmp_path_factory):
-  """A `Run` that has been through every stage."""
+def done(shared):
+  """A `Run` that has been through every stage; tests only add to its directory."""
   from small_run import make_run
 
   from optimer_jax import pipeline
 
-  run = make_run(tmp_path_factory.mktemp('pipeline') / 'run')
-  pipeline.pipeline(run)
+  run = make_run(shared / 'pipeline' / 'run')
+  with FileLock(shared / 'pipeline.lock'):
+    if not run.path.exists():
+      pipeline.pipeline(run)
   return run

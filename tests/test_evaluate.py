@@ -50,7 +50,16 @@ def choice(run, path: Path, name: str = 'ends', **changes) -> MultipleChoice:
 def scored(done, tmp_path_factory):
   """The finished run, to be scored in a place of its own."""
   run = make_run(tmp_path_factory.mktemp('evaluate') / 'run', cache=done.cache)
-  for part in ('base', 'cpt', 'vectors', 'studies', 'merged', 'export', 'evaluations'):
+  # Others may be adding merges and exports of theirs.
+  for part in (
+    'base',
+    'cpt',
+    'vectors',
+    'studies',
+    'merged/optimer',
+    'export/optimer',
+    'evaluations',
+  ):
     shutil.copytree(done.path / part, run.path / part)
   return run
 

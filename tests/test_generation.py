@@ -147,6 +147,8 @@ def test_stop_strings_end_an_answer_before_them(engine, params):
     early, late = text[places[0]], text[places[-1] :][:2]
     (answer,) = generate_texts(engine, params, [prompt._replace(stops=('never', late))])
     assert answer.ended == 'stop' and answer.text == text[: places[-1]]
+    # Nothing is written behind a stop: here a token is a character.
+    assert len(answer.tokens) == places[-1] + 2
     (answer,) = generate_texts(engine, params, [prompt._replace(stops=(late, early))])
     assert answer.text == text[: places[0]] and len(answer.tokens) < 40
     cut += 1

@@ -58,6 +58,23 @@ def test_round_trip_and_bytes(directory, text):
   assert not np.isin(ids, [0, 1, 2, 3]).any()  # '<eos>' in a text does not end it
 
 
+def test_tokens_that_hold_a_character(directory):
+  full = Tokenizer.load(directory)
+  kept = choose_kept(full, [Texts(*TEXTS[:3])])
+  for tokenizer in (full, Tokenizer.load(directory, kept)):
+    for wanted in ('\n', ' ', 't', 'の', '。t', ''):
+      held = tokenizer.holding(wanted)
+      texts = [tokenizer.decode(np.array([i])) for i in range(tokenizer.size)]
+      assert held.shape == (tokenizer.size,)
+      for character in wanted:
+        # Whatever way a text with the character in it is spelt, a token of it is among them.
+        for text in (character, f'x{character}y', f'{character}{character}', f' {character}'):
+          ids = tokenizer.encode([text])[0]
+          assert held[ids].any(), (text, [texts[i] for i in ids])
+        assert all(held[i] for i, text in enumerate(texts) if character in text)
+      assert held.sum() < tokenizer.size / 2
+
+
 def test_byte_lengths_of_special_pieces(directory):
   lengths = Tokenizer.load(directory).byte_lengths
   assert (lengths[:4] == 0).all() and (lengths[4:260] == 1).all() and (lengths[260:] > 0).all()

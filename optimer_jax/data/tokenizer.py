@@ -123,6 +123,15 @@ class Tokenizer:
     ids = ids if self.kept is None else self.kept[ids]
     return self.pieces.decode(ids.tolist(), skip_special_tokens=True)
 
+  def holding(self, characters: Iterable[str]) -> np.ndarray:
+    """bool[V]: the tokens that hold one of these characters, or the last byte of one."""
+    wanted = set(characters)
+    found = np.zeros(self._full_size, bool)
+    for piece, number in self.pieces.get_vocab().items():
+      found[number] = not wanted.isdisjoint(piece.replace(SPACE, ' '))
+    found[[self.pieces.token_to_id(BYTES[each.encode()[-1]]) for each in wanted]] = True
+    return found if self.kept is None else found[self.kept]
+
   @cached_property
   def _full_size(self) -> int:
     return max(self.pieces.get_vocab().values()) + 1

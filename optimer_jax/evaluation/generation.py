@@ -1,7 +1,8 @@
 """Answers to prompts, many at a time: a row that is done makes room for the next prompt.
 
-Two programs serve every candidate: one reads a few prompts into free rows, one writes a few tokens
-of every row. Between them the host looks for stop strings and fills up the rows.
+Two programs serve every candidate: one reads a few prompts into free rows, one writes tokens of
+every row until an answer may have ended. Between them the host looks for stop strings and fills up
+the rows. When no prompts are left, the rows still at work go on in a batch of half the size.
 
 B: rows that write at once. b: prompts that are read at once, B / 4. W: tokens of the longest of
 them, rounded up. S: slots of a row's cache.
@@ -23,7 +24,7 @@ from optimer_jax.gemma3 import Model, prefix_cache
 from optimer_jax.gemma3.decoding import empty_cache, insert, prefill, step
 from optimer_jax.gemma3.transformer import Layers, Prefix
 
-CHUNK = 16  # tokens that are written before the host looks at them
+CHUNK = 16  # tokens that are written before the host looks at them, at most
 LEAST_PREFIX = 32  # tokens that all prompts must begin with, to be computed once
 
 
@@ -153,16 +154,25 @@ def _generate(
   sampling: Sampling,
 ) -> dict[int, tuple[str, np.ndarray, str]]:
   model, tokenizer = engine.model, engine.tokenizer
-  batch = engine.generate_rows
-  few = batch // 4
-  static = {'model': model, 'slots': slots, 'eos': tokenizer.eos}
+  few = engine.generate_rows // 4
+  static = {'model': model, 'slots': slots}
   # A program is specialised on how to draw, not on the seed.
   static['sampling'] = dataclasses.replace(sampling, seed=0)
   both = {'params': params, 'prefix': prefix, 'key': jax.random.key(sampling.seed)}
   queue = sorted(queue, key=lambda n: (-len(own[n]), n))
   # Where fewer rows are wanted to begin with, fewer are made.
-  batch = few if len(queue) <= few else batch
+  batch = next(b for b in (few, 2 * few, 4 * few) if len(queue) <= b or b == 4 * few)
+  ends = tokenizer.holding(stop[-1] for number in queue for stop in prompts[number].stops)
+  ends[tokenizer.eos] = True
+  ends = jnp.asarray(ends)
   rows = _empty_rows(model, batch, slots)
+  # When the rows get fewer depends on the candidate, what is compiled must not: with no row to keep
+  # nothing is written.
+  smaller = batch
+  while smaller > few:
+    smaller //= 2
+    fewer = _take(rows, np.zeros(smaller, np.int32))
+    _write(**static, **both, rows=fewer, keep=np.zeros(smaller, bool), ends=ends)
   active, tokens, done = {}, {n: [] for n in queue}, {}
   while queue or active:
     free = [row for row in range(batch) if row not in active]
@@ -173,13 +183,14 @@ def _generate(
       width = bucket(max(len(own[n]) for n in now))
       arrays = _prompt_arrays(few, width, now, into, own, prompts, batch)
       rows = _begin(**static, **both, rows=rows, **arrays)
-    if not queue and len(active) <= few < batch:
-      # The last few rows go on in a smaller batch.
-      into = (list(active) + free)[:few]
-      rows, batch = _take(rows, np.array(into, np.int32)), few
+    while not queue and len(active) <= batch // 2 >= few:
+      batch //= 2
+      into = (list(active) + free)[:batch]
+      rows = _take(rows, np.array(into, np.int32))
       active = {into.index(row): number for row, number in active.items()}
+      free = [row for row in range(batch) if row not in active]
     keep = np.isin(np.arange(batch), list(active))
-    rows, out = _write(**static, **both, rows=rows, keep=keep)
+    rows, out = _write(**static, **both, rows=rows, keep=keep, ends=ends)
     for row, now in zip(range(batch), np.asarray(out), strict=True):
       if row in active:
         number = active[row]
@@ -226,11 +237,9 @@ def _empty_rows(model: Model, batch: int, slots: int) -> _Rows:
   return _Rows(zeros, zeros, zeros, zeros, empty_cache(model, batch, slots))
 
 
-@functools.partial(
-  jax.jit, static_argnames=('model', 'slots', 'sampling', 'eos'), donate_argnames='rows'
-)
+@functools.partial(jax.jit, static_argnames=('model', 'slots', 'sampling'), donate_argnames='rows')
 def _begin(
-  model, slots, sampling, eos, params, prefix, key, rows, tokens, lengths, left, number, into
+  model, slots, sampling, params, prefix, key, rows, tokens, lengths, left, number, into
 ) -> _Rows:
   """Reads prompts [b, W] into the rows `into` [b]; those out of range are padding."""
   x, cache = prefill(model, params, tokens, lengths, slots, prefix)
@@ -248,30 +257,35 @@ def _begin(
   )
 
 
-@functools.partial(
-  jax.jit, static_argnames=('model', 'slots', 'sampling', 'eos'), donate_argnames='rows'
-)
-def _write(model, slots, sampling, eos, params, prefix, key, rows, keep) -> tuple[_Rows, jax.Array]:
-  """Writes up to CHUNK tokens of each row that `keep` [B] holds: int32 [B, CHUNK], -1: nothing."""
+@functools.partial(jax.jit, static_argnames=('model', 'slots', 'sampling'), donate_argnames='rows')
+def _write(
+  model, slots, sampling, params, prefix, key, rows, keep, ends
+) -> tuple[_Rows, jax.Array]:
+  """Writes up to CHUNK tokens of each row that `keep` [B] holds: int32 [B, CHUNK], -1: nothing.
+
+  It stops early where the host has to look: after a token of `ends` [V], and at the end of a row.
+  """
   rows = rows._replace(left=jnp.where(keep, rows.left, 0))
 
   def going(state):
-    i, rows, _ = state
-    return (i < CHUNK) & jnp.any(rows.left > 0)
+    i, look, *_ = state
+    return (i < CHUNK) & ~look
 
   def one(state):
-    i, rows, out = state
+    i, _, rows, out = state
     active = rows.left > 0
     out = out.at[:, i].set(jnp.where(active, rows.token, -1))
-    left = jnp.where(active & (rows.token != eos), rows.left - 1, 0)
+    left = jnp.where(active, rows.left - 1, 0)
+    look = jnp.any(active & (ends[rows.token] | (left == 0)))
     x, cache = step(model, params, rows.token, rows.at, rows.cache, slots, prefix)
     token = _pick(params, x, sampling, key, rows.number, left)
     # A row that is done stays where it is, and writes what nobody sees.
     at = jnp.where(left > 0, rows.at + 1, rows.at)
-    return i + 1, rows._replace(token=token, at=at, left=left, cache=cache), out
+    return i + 1, look, rows._replace(token=token, at=at, left=left, cache=cache), out
 
   out = jnp.full((keep.shape[0], CHUNK), -1, jnp.int32)
-  _, rows, out = jax.lax.while_loop(going, one, (0, rows, out))
+  idle = ~jnp.any(rows.left > 0)
+  *_, rows, out = jax.lax.while_loop(going, one, (0, idle, rows, out))
   return rows, out
 
 
@@ -285,11 +299,14 @@ def _take(rows: _Rows, numbers: jax.Array) -> _Rows:
 def _pick(params, x, sampling: Sampling, key, number, left) -> jax.Array:
   """The next token int32 [B] after hidden states x [B, D]; `number` and `left` [B] seed a draw."""
   table = params['embedder']['embedding'].astype(x.dtype)
-  # With the table on the left, a CPU reads it as it lies.
-  logits = jnp.einsum('VD,BD->VB', table, x, preferred_element_type=jnp.float32)
+  # For a few rows a CPU is faster with the table on the left, for more with it on the right.
+  if len(x) < 16:
+    logits = jnp.einsum('VD,BD->VB', table, x, preferred_element_type=jnp.float32).T
+  else:
+    logits = jnp.einsum('BD,VD->BV', x, table, preferred_element_type=jnp.float32)
   if not sampling.temperature:
-    return logits.argmax(0).astype(jnp.int32)
-  logits = logits.T / sampling.temperature
+    return logits.argmax(1).astype(jnp.int32)
+  logits = logits / sampling.temperature
   if sampling.top_k or sampling.top_p < 1:
     k = sampling.top_k or logits.shape[1]
     ordered = jax.lax.top_k(logits, min(k, logits.shape[1]))[0]
