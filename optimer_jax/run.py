@@ -42,7 +42,7 @@ class EvalConfig:
   seed: int = 0
   context: int = 4096
   batch_tokens: int = 4096
-  generate_rows: int = 16
+  generate_rows: int = 32
 
 
 @dataclasses.dataclass(frozen=True)

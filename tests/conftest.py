@@ -16,16 +16,16 @@ from optimer_jax.gemma3 import Gemma3Config
 
 
 @pytest.fixture(scope='session')
-def shared(tmp_path_factory, worker_id) -> Path:
+def all_processes(tmp_path_factory, worker_id) -> Path:
   """A folder of all the processes that share the tests among them."""
   here = tmp_path_factory.getbasetemp()
   return here if worker_id == 'master' else here.parent
 
 
 @pytest.fixture(scope='session', autouse=True)
-def compiled_programs(shared):
+def compiled_programs(all_processes):
   """Programs compiled by one test serve the other processes, and those that tests start."""
-  cache = str(shared / 'compiled')
+  cache = str(all_processes / 'compiled')
   jax.config.update('jax_compilation_cache_dir', cache)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = cache
@@ -39,14 +39,14 @@ def small() -> Gemma3Config:
 
 
 @pytest.fixture(scope='session')
-def done(shared):
+def done(all_processes):
   """A `Run` that has been through every stage; tests only add to its directory."""
   from small_run import make_run
 
   from optimer_jax import pipeline
 
-  run = make_run(shared / 'pipeline' / 'run')
-  with FileLock(shared / 'pipeline.lock'):
+  run = make_run(all_processes / 'pipeline' / 'run')
+  with FileLock(all_processes / 'pipeline.lock'):
     if not run.path.exists():
       pipeline.pipeline(run)
   return run

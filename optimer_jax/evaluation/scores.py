@@ -18,7 +18,7 @@ class Score:
     values: float64 [N]: bits of each example, or 1 where it was solved and 0 where not.
     sizes: float64 [N]: bytes of each example, or ones.
     unit: 'bits/byte' (lower is better) or 'accuracy' (higher is better).
-    truncated: prompts that were too long for the context and lost their middle.
+    truncated: prompts that were too long for the context, of which the end was kept.
     tokens: that the model read or wrote for the score, padding not counted.
   """
 
