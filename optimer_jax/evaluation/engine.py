@@ -1,15 +1,21 @@
 """What evaluation computes with, and what a prepared task is."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from jax.sharding import Mesh
 
 from optimer_jax.data.tokenizer import Tokenizer
 from optimer_jax.evaluation.scores import Score
 from optimer_jax.gemma3 import Model
+from optimer_jax.merging.weighted_sum import Groups
+
+# From parameters, K vectors and the groups of leaves that share weights to the score, and the
+# gradient of its value with respect to merge weights at these parameters, float64 [G, K].
+Gradient = Callable[[dict, Sequence[dict], Groups], tuple[Score, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Engine:
   tokenizer: Tokenizer
   context: int = 4096
   batch_tokens: int = 4096
-  generate_rows: int = 16
+  generate_rows: int = 32
   mesh: Mesh | None = None
   cache: Path | None = None
 
@@ -49,12 +55,14 @@ class Prepared:
     digest: of everything that a score depends on but the parameters.
     count: examples.
     score: from parameters to their score.
+    gradient: the same with the gradient; None where the score has none.
   """
 
   name: str
   digest: str
   count: int
   score: Callable[[dict], Score]
+  gradient: Gradient | None = None
 
 
 class Task(Protocol):

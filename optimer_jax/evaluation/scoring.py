@@ -1,7 +1,7 @@
-"""Log likelihoods of many (context, target) requests.
+"""Log likelihoods of many (context, target) requests, and the gradient of their sum.
 
 `plan` arranges the requests once, for all candidates; `log_likelihoods` runs a candidate through
-the plan, in as many programs as the plan has shapes.
+the plan, in as many programs as the plan has shapes, and so does `likelihood_gradient`.
 
 Shape letters: B rows of a batch, T slots of a row, C slots whose logits are held at a time,
 D embed, V vocab, R requests.
@@ -9,6 +9,7 @@ D embed, V vocab, R requests.
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,18 +17,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from optimer_jax.evaluation.batching import SMALLEST, Continuation, Plan, plan
+from optimer_jax.evaluation.batching import SMALLEST, Batch, Continuation, Plan, plan
 from optimer_jax.gemma3 import Model, prefix_cache
 from optimer_jax.gemma3.transformer import Prefix, embed_logits, hidden
+from optimer_jax.merging.gradients import ALL, likelihood_slopes, weights_gradient
+from optimer_jax.merging.weighted_sum import Groups
 from optimer_jax.parallel.sharding import batch_sharding, constrain
 
-__all__ = ['Continuation', 'Likelihood', 'Plan', 'log_likelihoods', 'plan']
+__all__ = [
+  'Continuation',
+  'Likelihood',
+  'Plan',
+  'gradient_plan',
+  'likelihood_gradient',
+  'log_likelihoods',
+  'plan',
+]
 
 # What a program takes of a batch.
 ARRAYS = ('tokens', 'positions', 'segment_ids', 'branch_ids', 'at', 'targets', 'columns')
 # Logits held at once: enough rows for a fast matrix product, and no more than 134 MB.
 LOGIT_ROWS = 256
 LOGITS = 2**25
+# Slots of a batch whose layers keep all that they compute for the gradient: about 3 GB for 270M.
+GRADIENT_TOKENS = 1024
 
 
 class Likelihood(NamedTuple):
@@ -73,12 +86,85 @@ def log_likelihoods(model: Model, params: dict, plan: Plan, mesh: Mesh | None = 
   nats, misses = np.zeros(count), np.zeros(count)
   for group, queued in zip(plan.groups, results, strict=True):
     for batch, (batch_nats, batch_greedy) in zip(group.batches, queued, strict=True):
-      real = batch.owner >= 0
-      found = np.asarray(batch_nats, np.float64)[real]
-      found[~np.isfinite(found)] = np.nan
-      np.add.at(nats, batch.owner[real], found)
-      np.add.at(misses, batch.owner[real], ~np.asarray(batch_greedy)[real])
+      _count(nats, batch, batch_nats)
+      _count(misses, batch, ~np.asarray(batch_greedy))
   return Likelihood(nats[plan.distinct], misses[plan.distinct] == 0)
+
+
+def gradient_plan(
+  model: Model, requests: Sequence[Continuation], context: int, batch_tokens: int, shards: int = 1
+) -> Plan:
+  """`plan` for `likelihood_gradient`: in batches whose backward pass has room.
+
+  Layers that are not scanned keep everything for it, as XLA's CPU compiler takes what `Model.remat`
+  computes again for what is there already.
+  """
+  most = batch_tokens if model.scan else min(batch_tokens, GRADIENT_TOKENS)
+  return plan(requests, context, most, shards)
+
+
+def likelihood_gradient(
+  model: Model,
+  params: dict,
+  vectors: Sequence[dict],
+  plan: Plan,
+  factors: np.ndarray,
+  groups: Groups = ALL,
+  mesh: Mesh | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """The requests' nats, and the gradient of a sum of them with respect to merge weights.
+
+  Programs are shared as those of `log_likelihoods` are, whatever the groups.
+
+  Args:
+    model: what to compute.
+    params: the candidate.
+    vectors: K of them, in the parameters' structure.
+    plan: of requests that share no prefix, as windows of text are.
+    factors: float [R], of the requests' nats in the sum.
+    groups: which leaves share merge weights; by default all, and G is 1.
+    mesh: as in `log_likelihoods`.
+
+  Returns:
+    float64 nats [R], as those of `Likelihood`, and float64 [G, K].
+
+  Raises:
+    ValueError: requests share a prefix.
+  """
+  if any(group.length for group in plan.groups):
+    raise ValueError('there is no gradient of requests that share a prefix')
+  distinct = np.bincount(plan.distinct, factors)
+  batches = [batch for group in plan.groups for batch in group.batches]
+  results = []
+  with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    for batch in batches:
+      chunk = _chunk(len(batch.tokens) // plan.shards, model.config.vocab_size)
+      real = batch.owner >= 0
+      arrays = {
+        'factors': np.where(real, distinct[batch.owner], 0).astype(np.float32),
+        'at': np.take_along_axis(batch.at, batch.columns, axis=1),
+        **{name: getattr(batch, name) for name in ARRAYS if name not in ('at', 'columns')},
+      }
+      arrays = {name: _placed(array, mesh) for name, array in arrays.items()}
+      pieces = np.int32(-(-real.sum(1).max() // chunk))
+      results.append(_slopes(model, chunk, params, tuple(vectors), pieces, **arrays))
+      if len(results) > 1:
+        jax.block_until_ready(results[-2])
+
+  nats = np.zeros(len(distinct))
+  gradient = np.zeros((len(groups.names(model.config)), len(vectors)))
+  for batch, (batch_nats, slopes) in zip(batches, results, strict=True):
+    _count(nats, batch, batch_nats)
+    gradient += weights_gradient(model.config, slopes, groups)
+  return nats[plan.distinct], gradient
+
+
+def _count(sums: np.ndarray, batch: Batch, values: jax.Array | np.ndarray) -> None:
+  """Adds values [B, T] of target tokens to the sums of their requests."""
+  real = batch.owner >= 0
+  found = np.asarray(values, np.float64)[real]
+  found[~np.isfinite(found)] = np.nan
+  np.add.at(sums, batch.owner[real], found)
 
 
 # What is compiled.
@@ -123,6 +209,12 @@ def _score(
   nothing = jnp.zeros(at.shape, jnp.float32), jnp.zeros(at.shape, bool)
   found = jax.lax.fori_loop(0, pieces, piece, nothing)
   return tuple(constrain(a, (None, None)) for a in found)  # whole on every process
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'chunk'))
+def _slopes(model: Model, chunk: int, params: dict, vectors: tuple, pieces: jax.Array, **arrays):
+  found = likelihood_slopes(model, chunk, params, vectors, pieces, **arrays)
+  return jax.tree.map(lambda a: constrain(a, (None,) * a.ndim), found)  # whole on every process
 
 
 def _chunk(rows: int, vocab: int) -> int:

@@ -7,6 +7,7 @@ prompts and plans the batches. What it returns scores any number of candidates.
 import dataclasses
 import re
 import string
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,8 +19,16 @@ from optimer_jax.evaluation.engine import Engine, Prepared
 from optimer_jax.evaluation.examples import Example
 from optimer_jax.evaluation.prompts import Template, continuations, digest, joined, templates
 from optimer_jax.evaluation.scores import Score
-from optimer_jax.evaluation.scoring import Continuation, log_likelihoods, plan
+from optimer_jax.evaluation.scoring import (
+  Continuation,
+  gradient_plan,
+  likelihood_gradient,
+  log_likelihoods,
+  plan,
+)
 from optimer_jax.evaluation.splits import Splits, draw
+from optimer_jax.merging.gradients import ALL
+from optimer_jax.merging.weighted_sum import Groups
 
 LETTERS = string.ascii_uppercase
 
@@ -72,14 +81,28 @@ class BitsPerByte:
       Continuation(tokens[:1], tokens[1:length])
       for tokens, length in zip(np.asarray(rows.tokens), lengths, strict=True)
     ]
-    planned = plan(requests, engine.context, engine.batch_tokens, engine.shards)
+    sizing = engine.context, engine.batch_tokens, engine.shards
+    planned = plan(requests, *sizing)
+    backward = gradient_plan(engine.model, requests, *sizing)
     sizes = np.asarray(rows.bytes, np.float64)
 
-    def score(params: dict) -> Score:
-      nats = log_likelihoods(engine.model, params, planned, engine.mesh).nats
+    def scored(nats: np.ndarray) -> Score:
       return Score(nats / np.log(2), sizes, 'bits/byte', planned.truncated, planned.tokens)
 
-    return Prepared(self.name, digest(engine, 'bits', requests, sizes), len(requests), score)
+    def score(params: dict) -> Score:
+      return scored(log_likelihoods(engine.model, params, planned, engine.mesh).nats)
+
+    def gradient(
+      params: dict, vectors: Sequence[dict], groups: Groups = ALL
+    ) -> tuple[Score, np.ndarray]:
+      factors = np.full(len(sizes), 1 / np.log(2) / sizes.sum())
+      nats, found = likelihood_gradient(
+        engine.model, params, vectors, backward, factors, groups, engine.mesh
+      )
+      return scored(nats), found
+
+    found = digest(engine, 'bits', requests, sizes)
+    return Prepared(self.name, found, len(requests), score, gradient)
 
 
 @dataclasses.dataclass(frozen=True)
