@@ -43,6 +43,7 @@ setup(
     'pyarrow',
     'pyyaml',
     'safetensors',
+    'scipy',
     'sqlalchemy',
     'tensorboardX',
     'tensorstore',
