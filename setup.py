@@ -31,6 +31,7 @@ setup(
     'gin-config',
     'google-vizier',
     'grain',
+    'grpcio',
     'huggingface-hub',
     'jax',
     'jinja2',

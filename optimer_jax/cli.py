@@ -38,7 +38,15 @@ for a small model, and the memory of a few blocks of rows.""",
 
 Reads RUN/base, RUN/vectors and the development text. Writes RUN/studies/NAME: every trial in
 trials.jsonl, the answer in best.json. Costs one evaluation of the development rows a trial;
-evaluated trials are never evaluated again.""",
+evaluated trials are never evaluated again. With --worker NAME, is one of any number of workers that
+share the run directory and the trials of an optimer serve; a worker that died goes on under its
+name, or another takes its trial over.""",
+  'serve': """Hands out a study's trials to workers (optimer search --worker NAME).
+
+Reads the gin file that the workers have, too. Writes RUN/studies/NAME/study.db and, with where it
+listens, server.json; runs until it is interrupted, and goes on where it was when it is started
+again. Whoever reaches its port can write to the study: --host is for networks that are trusted.
+Costs a second a suggestion.""",
   'merge': """Writes base + sum of w x vector as a model, or merges by another method.
 
 Reads RUN/base, RUN/vectors and the study's answer, or --weights ja=0.3,zh=0.2, and --method and
@@ -138,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         '--mergekit', metavar='FILE', help='a mergekit YAML file, without a gin file'
       )
       sub.add_argument('--out', metavar='DIR', help='with --mergekit: the directory to write')
+    if verb == 'search':
+      sub.add_argument('--worker', default='', metavar='NAME', help='work with others')
+      sub.add_argument('--server', metavar='HOST:PORT', help='default: as in server.json')
+    if verb == 'serve':
+      sub.add_argument('--host', default='127.0.0.1', help='where to listen, as workers call it')
+      sub.add_argument('--port', type=int, metavar='N', help='default: as before, or any')
     if verb in ('merge', 'export'):
       sub.add_argument('--name', default='optimer', help='of the merged model')
     if verb == 'export':
@@ -159,6 +173,7 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
     raise UsageError('give a run with --gin_file, as in --gin_file=runs/quickstart.gin')
   from optimer_jax import configs, pipeline
   from optimer_jax.parallel.startup import start
+  from optimer_jax.search.serve import serve
 
   run = configs.read_run(options.gin_file, bindings)
   start(run.cache_path)
@@ -166,6 +181,12 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
   if verb == 'train':
     for name in [options.dataset] if options.dataset else run.names:
       pipeline.train_one(run, name)
+  elif verb == 'search':
+    if options.server and not options.worker:
+      raise UsageError('--server goes with --worker NAME')
+    pipeline.search(run, options.worker, options.server)
+  elif verb == 'serve':
+    serve(run.path / 'studies' / run.study.name, run.study, options.host, options.port)
   elif verb == 'inspect':
     _print_geometry(pipeline.inspect(run))
   elif verb == 'merge':
@@ -186,7 +207,6 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
       'pipeline': pipeline.pipeline,
       'import': pipeline.import_base,
       'extract': pipeline.extract_all,
-      'search': pipeline.search,
       'report': pipeline.report,
     }[verb](run)
 

@@ -14,9 +14,9 @@ from optimer_jax import run as runs
 from optimer_jax.data import datasets, sources
 from optimer_jax.errors import UsageError
 from optimer_jax.evaluation import answers, examples, generation, harness, splits, tasks
-from optimer_jax.merging import candidates
+from optimer_jax.merging import candidates, weighted_sum
 from optimer_jax.parallel import sharding
-from optimer_jax.search import study
+from optimer_jax.search import objectives, study
 from optimer_jax.training import train
 
 CONFIGURABLE = {
@@ -42,7 +42,9 @@ CONFIGURABLE = {
   'optimer_jax.evaluation.splits': (splits.Splits,),
   'optimer_jax.evaluation.tasks': (tasks.BitsPerByte, tasks.MultipleChoice),
   'optimer_jax.merging.candidates': (candidates.MergeConfig,),
+  'optimer_jax.merging.weighted_sum': (weighted_sum.Groups,),
   'optimer_jax.parallel.sharding': (sharding.MeshConfig,),
+  'optimer_jax.search.objectives': (objectives.Objective,),
   'optimer_jax.search.study': (study.StudyConfig,),
   'optimer_jax.training.train': (train.TrainConfig,),
 }

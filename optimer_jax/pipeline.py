@@ -6,7 +6,6 @@ the same settings, is not done again; one that was interrupted goes on where it 
 
 import dataclasses
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from optimer_jax.data.tokenizer import Tokenizer, choose_kept, write_tiny_tokeni
 from optimer_jax.errors import UserError
 from optimer_jax.evaluate import evaluate
 from optimer_jax.files import read_json, write_json, write_text
-from optimer_jax.merging.candidates import candidates
 from optimer_jax.merging.streamed import difference, merge_streamed
+from optimer_jax.merging.weighted_sum import ALL
 from optimer_jax.progress import say
 from optimer_jax.report.page import write_report
 from optimer_jax.report.style import png
@@ -36,7 +35,10 @@ from optimer_jax.run import (
   text_task,
   vector_fingerprints,
 )
-from optimer_jax.search.study import run_study
+from optimer_jax.search.evaluation import evaluation
+from optimer_jax.search.loop import run_study
+from optimer_jax.search.study import Study
+from optimer_jax.search.workers import work
 from optimer_jax.training.train import finish, settings_of, train
 from optimer_jax.vectors import lora
 from optimer_jax.vectors.extract import check_parent, extract, origin
@@ -212,35 +214,29 @@ def _trajectory(run: Run, name: str) -> dict | None:
   return trajectory([(0, base), *kept, (end.facts['settings']['steps'], last)])
 
 
-def search(run: Run) -> dict:
-  """Searches the merge weights on the tasks' dev split; RUN/studies/NAME keeps every trial."""
-  directory, names = run.path / 'studies' / run.study.name, [*run.vector_paths]
-  run.merging.check_searchable(len(names), run.study.density)
-  with stage(run, f'search/{run.study.name}') as cost:
+def search(run: Run, worker: str = '', server: str | None = None) -> dict:
+  """Searches the merge weights on the tasks' dev split; RUN/studies/NAME keeps every trial.
+
+  With a name, as one of several workers around `optimer serve`.
+  """
+  studies, config, vectors = run.path / 'studies', run.study, [*run.vector_paths]
+  linear = config.sampler == 'gradient' or config.groups != ALL
+  run.merging.check_searchable(len(vectors), config.density, linear)
+  with stage(run, f'search/{config.name}', worker) as cost:
     pool = load_pool(run.path / 'base', run.vector_paths, model_of(run))
-    engine = engine_of(run)
-    tasks = prepare(tasks_of(run, 'dev'), engine, 'dev')
-    candidate, spent = candidates(pool, run.merging), {'flops': 0.0, 'tokens': 0}
-
-    def evaluate_point(point: Mapping[str, float]) -> dict:
-      began, params = time.monotonic(), candidate(point)
-      scores = {name: task.score(params) for name, task in tasks.items()}
-      tokens = sum(score.tokens for score in scores.values())
-      flops = tokens * engine.model.config.flops_per_token(run.length)
-      spent['flops'] += flops
-      spent['tokens'] += tokens
-      return {
-        'scores': {name: score.summary() for name, score in scores.items()},
-        'per_example': {name: score.per_example() for name, score in scores.items()},
-        'seconds': time.monotonic() - began,
-        'flops': flops,
-      }
-
-    digests = {name: task.digest for name, task in tasks.items()}
-    method = run.merging.identity(searched=bool(run.study.density))
-    best = run_study(directory, names, evaluate_point, run.study, pool.fingerprint, digests, method)
-    cost.update(spent)
-  return best
+    tasks = prepare(tasks_of(run, 'dev'), engine_of(run), 'dev')
+    study = Study(
+      config,
+      config.groups.weights(vectors, pool.model.config),
+      {name: task.digest for name, task in tasks.items()},
+      pool.fingerprint,
+      run.merging.identity(searched=bool(config.density)),
+    )
+    evaluate = evaluation(study, pool, run.merging, tasks, run.length, cost)
+    others = [path for path in studies.glob('*/trials.jsonl') if path.parent.name != config.name]
+    if worker:
+      return work(studies / config.name, study, evaluate, others, worker, server)
+    return run_study(studies / config.name, study, evaluate, others)
 
 
 def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'optimer') -> Path:
@@ -254,7 +250,12 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
     best = best_of(run)
     weights, merging = best['weights'], merging.at(best.get('numbers', {}))
   paths = run.vector_paths
-  if set(weights) != set(paths):
+  names, groups = {vector: (vector,) for vector in paths}, run.study.groups
+  if groups != ALL:
+    names = groups.weights([*paths], store.read_manifest(run.path / 'base', 'base').model)
+  if set(weights) == set(paths):  # One weight for all of a vector, whatever the study had.
+    weights = {name: weights[vector] for vector, each in names.items() for name in each}
+  if set(weights) != {name for each in names.values() for name in each}:
     raise UserError(f'give one weight for each of {", ".join(paths)}, not {dict(weights)}')
   vectors = vector_fingerprints(run)
   facts = {
@@ -268,10 +269,14 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
       return path
   with stage(run, f'merge/{name}'):
     pool = open_pool(run.path / 'base', paths)
-    plan = merging.kind, merging.numbers([weights[each] for each in pool.vectors])
     base = pool.manifests['base']
+    places = {group: i for i, group in enumerate(groups.names(base.model))}
+    plans = [
+      (merging.kind, merging.numbers([weights[each[i]] for each in names.values()]))
+      for i in places.values()
+    ]
     rows = merge_streamed(
-      lambda leaf: plan,
+      lambda leaf: plans[places[groups.of(leaf, base.model.num_layers)]],
       pool.base,
       [*pool.vectors.values()],
       dtypes={leaf: entry['dtype'] for leaf, entry in base.leaves.items()},

@@ -42,7 +42,7 @@ class EvalConfig:
   seed: int = 0
   context: int = 4096
   batch_tokens: int = 4096
-  generate_rows: int = 32
+  generate_rows: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +109,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def stage(run: Run, name: str) -> Iterator[dict]:
+def stage(run: Run, name: str, worker: str = '') -> Iterator[dict]:
   """Accounts for a stage, and starts it without the memory that the last one left behind."""
   release_memory()
-  with costs.account(run.path, name) as cost:
+  with costs.account(run.path, name, worker) as cost:
     yield cost
 
 

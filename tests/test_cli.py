@@ -105,7 +105,7 @@ def test_module_and_script_are_one_command_and_light():
 
 
 def test_interrupt_says_how_to_go_on(capsys, monkeypatch, tmp_path):
-  def stop(run):
+  def stop(*_):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(pipeline, 'search', stop)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 # Before lm-eval is imported: nothing here needs a network.
@@ -24,6 +25,7 @@ from optimer_jax.errors import UsageError, UserError
 from optimer_jax.evaluation import harness
 from optimer_jax.evaluation.engine import Engine
 from optimer_jax.evaluation.harness import HarnessTask, language_model
+from optimer_jax.evaluation.scores import joined, seen
 from optimer_jax.files import read_jsonl
 from optimer_jax.gemma3 import Gemma3Config, Model, from_leaves
 
@@ -246,7 +248,8 @@ def test_a_second_candidate_compiles_nothing(engine, params, tasks):
     HarnessTask('x', task, metric, tasks).prepare(engine, 'dev')
     for task, metric in (('choice', 'acc'), ('rolling', None), ('generation', None))
   ]
-  first = [each.score(params) for each in prepared]
+  parts = [(0, 1), (0, 2), (1, 2)]
+  first = [each.score(params, part) for each in prepared for part in parts]
   compiled = []
   listen = lambda event, seconds, **_: compiled.append(event) if 'backend_compile' in event else 0
   jax.monitoring.register_event_duration_secs_listener(listen)
@@ -254,12 +257,12 @@ def test_a_second_candidate_compiles_nothing(engine, params, tasks):
     jax.jit(lambda x: x + 1)(np.ones(3))
     assert compiled, 'compilations are not seen'
     compiled.clear()
-    second = [each.score(other) for each in prepared]
+    second = [each.score(other, part) for each in prepared for part in parts]
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
   assert not compiled
-  assert not np.allclose(first[1].values, second[1].values)
-  again = [each.score(params) for each in prepared]
+  assert not np.allclose(first[3].values, second[3].values)
+  again = [each.score(params, part) for each in prepared for part in parts]
   for a, b in zip(first, again, strict=True):
     np.testing.assert_array_equal(a.values, b.values)
     assert (a.tokens, a.truncated) == (b.tokens, b.truncated)
@@ -324,6 +327,39 @@ def test_groups_pool_their_tasks(engine, params, tasks, tmp_path):
   (tmp_path / 'wrong.yaml').write_text(yaml.safe_dump(wrong))
   with pytest.raises(UsageError, match='generation has no metric "acc,none"'):
     HarnessTask('x', 'wrong', 'acc', str(tmp_path)).prepare(engine, 'dev')
+
+
+@pytest.mark.parametrize('task', ['choice', 'rolling', 'mixed'])
+def test_parts_are_the_whole(engine, params, tasks, tmp_path, monkeypatch, task):
+  if task == 'mixed':  # answers that are drawn, and others
+    shutil.copy(f'{tasks}/generation.yaml', tmp_path)
+    drawn = yaml.safe_load((tmp_path / 'generation.yaml').read_text())
+    drawn |= {'task': 'drawn', 'repeats': 2}
+    drawn['generation_kwargs'] |= {'do_sample': True, 'temperature': 1.5}
+    (tmp_path / 'drawn.yaml').write_text(yaml.safe_dump(drawn))
+    both = {'group': 'mixed', 'task': ['generation', 'drawn']}
+    (tmp_path / 'mixed.yaml').write_text(yaml.safe_dump(both))
+    tasks = str(tmp_path)
+    # About half of the responses are right, whatever they are.
+    found = lambda request: repr([request.resps, request.filtered_resps]).encode()
+    odd = lambda _, __, ___, request: (zlib.crc32(found(request)) % 2, 1)
+    monkeypatch.setattr(harness, '_measure', odd)
+  prepared = HarnessTask('x', task, include=tasks, divide=False).prepare(engine, 'test')
+  whole, n = prepared.score(params), 3
+  # As the search would: a part of one candidate after one of another.
+  other = jax.tree.map(lambda leaf: leaf * 1.5, params)
+  parts = []
+  for i in range(n):
+    prepared.score(other, (i, n))
+    parts.append(prepared.score(params, (i, n)))
+  found = joined(parts, n)
+  assert len({*whole.values}) > 1
+  np.testing.assert_allclose(found.values, whole.values, rtol=1e-6)
+  np.testing.assert_array_equal(found.sizes, whole.sizes)
+  assert (found.unit, found.truncated) == (whole.unit, whole.truncated)
+  np.testing.assert_array_equal(joined(parts[:2], n).sizes, whole.sizes[seen(prepared.count, 2, n)])
+  with pytest.raises(ValueError, match='there is no part'):
+    prepared.score(params, (0, prepared.count + 1))
 
 
 def test_sampled_generations(engine, params, tmp_path):

@@ -15,7 +15,7 @@ from optimer_jax.checkpoints import store
 from optimer_jax.checkpoints.names import contracted_axes
 from optimer_jax.checkpoints.quantized import Quantized
 from optimer_jax.errors import UsageError, UserError
-from optimer_jax.gemma3 import SIZES, Model, from_leaves, init_leaves, to_leaves
+from optimer_jax.gemma3 import SIZES, Gemma3Config, Model, from_leaves, init_leaves, to_leaves
 from optimer_jax.merging import methods
 from optimer_jax.merging.candidates import MergeConfig, candidates
 from optimer_jax.merging.streamed import merge_streamed
@@ -24,6 +24,12 @@ from optimer_jax.vectors.extract import extract
 from optimer_jax.vectors.pool import load_pool, open_pool
 
 NAMES = ('ja', 'zh', 'code')
+
+
+@pytest.fixture(scope='module')
+def small():
+  """Sizes that many leaves share: every shape is a program of each method."""
+  return Gemma3Config(2, 16, 32, 2, 2, 16, window=8, query_scalar=16.0, vocab_size=60)
 
 
 @pytest.fixture(scope='module')
@@ -202,7 +208,7 @@ POINT = {'ja': 0.2, 'zh': 0.5, 'code': 0.4}
 def test_a_merge_from_files_is_the_candidate_bit_for_bit(run, small, monkeypatch, how, scan):
   config = CONFIGS[how]
   found = candidates(load_pool(run / 'base', paths(run), Model(small, scan=scan)), config)(POINT)
-  monkeypatch.setattr(leaves_on_disk, 'BLOCK', 200)  # several blocks of rows for every matrix
+  monkeypatch.setattr(leaves_on_disk, 'BLOCK', 128)  # several blocks of rows for every matrix
   streamed = merged_from_files(run, config)
   for name, leaf in to_leaves(small, found).items():
     np.testing.assert_array_equal(streamed[name], leaf, err_msg=name)

@@ -1,13 +1,38 @@
-"""Scores, their standard errors, and paired tests of two models."""
+"""Scores, their standard errors, paired tests of two models, and the scores of parts."""
 
 import itertools
 import json
 import math
+import zlib
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optimer_jax.evaluation.scores import Score, compare, from_summary, loss, shown
+from optimer_jax.data.sources import Jsonl
+from optimer_jax.data.tokenizer import Tokenizer, write_tiny_tokenizer
+from optimer_jax.evaluation import tasks
+from optimer_jax.evaluation.answers import CodeGeneration, Generation
+from optimer_jax.evaluation.engine import Engine
+from optimer_jax.evaluation.examples import Examples
+from optimer_jax.evaluation.generation import Sampling
+from optimer_jax.evaluation.scores import (
+  Score,
+  compare,
+  difference,
+  estimate,
+  from_summary,
+  joined,
+  loss,
+  places,
+  seen,
+  shown,
+)
+from optimer_jax.evaluation.splits import Splits
+from optimer_jax.evaluation.tasks import BitsPerByte, MultipleChoice
+from optimer_jax.gemma3 import Model, from_leaves, init_leaves
 
 
 def solved(values) -> Score:
@@ -104,3 +129,150 @@ def test_scores_for_people(two):
   )
   assert shown(solved([1]).summary()) == '100.0%'
   assert shown(solved([math.nan, 1]).summary()) == 'not finite'
+
+
+# Parts.
+
+
+def test_every_example_is_in_one_part():
+  for count, n in ((1, 1), (7, 1), (7, 3), (7, 7), (8, 4)):
+    parts = [places(count, (i, n)) for i in range(n)]
+    assert sorted(np.concatenate(parts)) == [*range(count)] and all(map(len, parts))
+    for m in range(n + 1):
+      first = np.concatenate([np.zeros(0, int), *parts[:m]])
+      np.testing.assert_array_equal(np.flatnonzero(seen(count, m, n)), np.sort(first))
+  for part in ((0, 8), (3, 3), (-1, 3), (0, 0)):
+    with pytest.raises(ValueError, match='there is no part'):
+      places(7, part)
+
+
+@pytest.mark.parametrize('unit', ['bits/byte', 'accuracy'])
+def test_estimates_cover_the_value_of_all_examples(unit):
+  rng, count, m, n = np.random.default_rng(5), 240, 2, 8
+  errors, within = [], []
+  for _ in range(1000):
+    if unit == 'accuracy':
+      ability = rng.normal(0, 2, count)
+      rival, whole = (solved(ability + rng.normal(shift, 1, count) > 0) for shift in (0, 0.2))
+    else:
+      sizes = rng.integers(50, 200, count).astype(np.float64)
+      bits = sizes * (1 + 0.3 * rng.standard_normal(count))
+      rival = Score(bits, sizes)
+      whole = Score(bits - sizes * (0.02 + 0.05 * rng.standard_normal(count)), sizes)
+    mask = seen(count, m, n)
+    partial = Score(whole.values[mask], whole.sizes[mask], unit)
+    value, error = estimate(partial, rival, m, n)
+    errors.append(value - whole.value)
+    within.append(abs(value - whole.value) <= 2 * error)
+    apart, same = difference(partial, rival, m, n)
+    assert rival.loss + apart == pytest.approx(value if unit == 'bits/byte' else 1 - value)
+    assert same == error
+  assert abs(np.mean(errors)) < 3 * np.std(errors) / math.sqrt(len(errors))
+  assert 0.935 < np.mean(within) < 0.97
+
+
+def test_nothing_is_left_to_guess_of_a_candidate_that_was_scored_on_all(two):
+  for one, other in (two, (solved([1, 0, 1]), solved([0, 0, 1])), (solved([1]), solved([0]))):
+    for n in (1, len(one.values)):
+      parts = [Score(one.values[i::n], one.sizes[i::n], one.unit) for i in range(n)]
+      value, error = estimate(joined(parts, n), other, n, n)
+      assert value == pytest.approx(one.value, rel=1e-12) and error == 0
+      found = compare({'x': one}, {'x': other})['difference']
+      assert difference(one, other, n, n) == (pytest.approx(found), 0)
+  one, other = two
+  with pytest.raises(ValueError, match='1 of 2 parts: the two scores are of other examples'):
+    difference(Score(one.values[1::2], one.sizes[1::2]), other, 1, 2)
+
+
+WORDS = 'the cat sat on mat and answer is A. 日本の 猫は'.split()
+
+
+@pytest.fixture(scope='module')
+def engine(small, tmp_path_factory):
+  directory = tmp_path_factory.mktemp('tokenizer')
+  write_tiny_tokenizer(directory, [' '.join(WORDS * 3)], small.vocab_size)
+  tokenizer = Tokenizer.load(directory)
+  return Engine(Model(small), tokenizer, context=48, batch_tokens=128, generate_rows=4)
+
+
+def make_params(engine, seed):
+  leaves = init_leaves(engine.model.config, seed)
+  return from_leaves(engine.model, {n: jnp.asarray(a) * 8 for n, a in leaves.items()})
+
+
+def make_task(kind: str, path: Path):
+  """A task of 10 examples, of which one is too long for the context."""
+  rng = np.random.default_rng(6)
+
+  def write(name, count):
+    rows = [
+      {
+        'text': ' '.join([name, str(i), *rng.choice(WORDS, 60 if i == 4 else 2 + i)]),
+        'choices': [' '.join(rng.choice(WORDS, 2)) for _ in range(2 + i % 3)],
+        'label': int(rng.integers(2)),
+      }
+      for i in range(count)
+    ]
+    (path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    return str(path / f'{name}.jsonl')
+
+  test, dev = write('test', 10), write('dev', 1)
+  if kind == 'bits':
+    return BitsPerByte('x', Jsonl(dev), Jsonl(test), length=32, rows=10)
+  data = Splits(Examples(test), Examples(dev))
+  if kind in ('sum', 'length', 'calibrated'):
+    return MultipleChoice('x', data, '{text}', score=kind)
+  asked = {'data': data, 'prompt': '{text}', 'stops': (), 'max_new': 5}
+  if kind == 'code':
+    return CodeGeneration('x', **asked, program='{label}{text}{completion}', allow_execution=True)
+  return Generation('x', **asked, target='text', sampling=Sampling(temperature=1.0))
+
+
+@pytest.mark.parametrize('kind', ['bits', 'sum', 'length', 'calibrated', 'sampled', 'code'])
+def test_parts_are_the_whole(engine, tmp_path, monkeypatch, kind):
+  monkeypatch.setenv('OPTIMER_CACHE', str(tmp_path / 'cache'))
+  # About half of what is written is right, whatever it is.
+  odd = lambda _, *texts: zlib.crc32(''.join(texts).encode()) % 2
+  monkeypatch.setattr(Generation, 'is_right', odd)
+  monkeypatch.setattr(CodeGeneration, '_passes', odd)
+  prepared = make_task(kind, tmp_path).prepare(engine, 'test')
+  n = 3
+
+  def scored(params):
+    return prepared.score(params), [prepared.score(params, (i, n)) for i in range(n)]
+
+  candidates = [make_params(engine, seed) for seed in (0, 1)]
+  whole, parts = scored(candidates[0])
+  assert [len(part.values) for part in parts] == [4, 3, 3] and len({*whole.values}) > 1
+  check_parts(whole, parts)
+  with pytest.raises(ValueError, match='there is no part 0 of 11 of 10 examples'):
+    prepared.score(None, (0, 11))
+  # Another candidate is neither planned nor compiled again.
+  monkeypatch.setattr(tasks, 'plan', None)
+  compiled = []
+  listen = lambda event, seconds, **_: compiled.append(event) if 'backend_compile' in event else 0
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    jax.jit(lambda x: x + 1)(np.ones(3))
+    assert compiled, 'compilations are not seen'
+    compiled.clear()
+    other, parts = scored(candidates[1])
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert not compiled and other.values.tolist() != whole.values.tolist()
+  check_parts(other, parts)
+  if kind != 'bits':
+    assert whole.truncated == 1
+
+
+def check_parts(whole: Score, parts: list[Score]) -> None:
+  n, count = len(parts), len(whole.values)
+  for m in range(1, n + 1):
+    found, mask = joined(parts[:m], n), seen(count, m, n)
+    np.testing.assert_array_equal(found.sizes, whole.sizes[mask])
+    if whole.unit == 'accuracy':
+      np.testing.assert_array_equal(found.values, whole.values[mask])
+    else:
+      np.testing.assert_allclose(found.values, whole.values[mask], rtol=1e-6)
+    assert found.unit == whole.unit
+  assert found.truncated == whole.truncated and found.tokens >= whole.tokens

@@ -67,8 +67,9 @@ def test_leaving_one_out_in_closed_form_is_leaving_it_out():
   values, slopes = losses(points)
   values = values + 0.01 * np.random.default_rng(3).standard_normal(values.shape)
   for gradients in (None, slopes):
-    model = surrogate.fit(points, values, LOWER, UPPER, gradients=gradients)
-    found = surrogate.leave_one_out(model)
+    fitted = surrogate.fit(points, values, LOWER, UPPER, gradients=gradients)
+    found = surrogate.leave_one_out(fitted)
+    (model,) = fitted.processes
     assert found.shape == (8, J) and not found[5:].any()
     for i in range(5):
       # Padding is what is left out: the covariance without it, written out.
@@ -77,7 +78,8 @@ def test_leaving_one_out_in_closed_form_is_leaving_it_out():
         there = np.flatnonzero(np.asarray(model.present))
         own = [row for row in there if row // width == i]
         rest = [row for row in there if row // width != i]
-        covariance = np.linalg.inv(np.asarray(model.inverse))
+        factor = np.linalg.inv(np.asarray(model.whitener))
+        covariance = factor @ factor.T
         flat = covariance @ np.asarray(model.weights)
       solved = np.linalg.solve(covariance[np.ix_(rest, rest)], covariance[np.ix_(rest, own)])
       error = (flat[own] - solved.T @ flat[rest])[0]
@@ -160,11 +162,27 @@ def test_a_penalty_keeps_a_distance_where_the_model_is_unsure():
   assert mean[0, 1] + deviation[0, 1] < 2.1
 
 
-def test_noisier_trials_count_less():
+def test_gradients_of_some_tasks_alone():
+  """Those of the second task, which comes first in the model, make that one sharper."""
+  points = somewhere(5)
+  values, slopes = losses(points)
+  slopes[:, 0] = np.nan
+  some = surrogate.fit(points, values, LOWER, UPPER, gradients=slopes)
+  none = surrogate.fit(points, values, LOWER, UPPER)
+  assert len(some.processes) == 2 and some.noise.shape == (J,)
+  test, truth = somewhere(50, seed=9), losses(somewhere(50, seed=9))[0]
+  wrong = [np.abs(surrogate.predict(model, test)[0] - truth).max(0) for model in (some, none)]
+  assert wrong[0][1] < 0.02 * np.ptp(truth[:, 1]) < wrong[1][1]
+  assert wrong[0][0] < 2 * wrong[1][0] and surrogate.leave_one_out(some).shape == (8, J)
+  x, y, _ = surrogate.minimise(some, lambda losses: losses[1])
+  assert abs(y - losses(x[None])[0][0, 1]) < 0.02
+
+
+def test_uncertain_trials_count_less():
   points = np.concatenate([somewhere(16)] * 2)
   values = losses(points)[0]
   wrong = values + np.where(np.arange(32)[:, None] < 16, 0.0, 0.3)
-  stderrs = np.where(np.arange(32)[:, None] < 16, 0.01, 0.3) * np.ones((1, J))
+  stderrs = np.where(np.arange(32)[:, None] < 16, 0.0, 0.3) * np.ones((1, J))
   weighed = surrogate.fit(points, wrong, LOWER, UPPER, stderrs=stderrs)
   assert off(weighed) < 0.3 * off(surrogate.fit(points, wrong, LOWER, UPPER))
 

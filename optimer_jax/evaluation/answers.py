@@ -19,7 +19,7 @@ from optimer_jax.evaluation.examples import Example
 from optimer_jax.evaluation.generation import Generation as Written
 from optimer_jax.evaluation.generation import Prompt, Sampling, generate_texts
 from optimer_jax.evaluation.prompts import digest, joined, templates, text_of
-from optimer_jax.evaluation.scores import Score
+from optimer_jax.evaluation.scores import WHOLE, Part, Score, places
 from optimer_jax.evaluation.splits import Drawn, Splits, draw
 
 
@@ -80,10 +80,11 @@ class Generation:
     drawn, prompts = _prompts(self, engine, split)
     targets = [self._answer_of(example) for example in drawn.examples]
 
-    def score(params: dict) -> Score:
-      written = generate_texts(engine, params, prompts, self.sampling)
-      right = [self.is_right(g.text, t) for g, t in zip(written, targets, strict=True)]
-      return _accuracy(right, prompts, written)
+    def score(params: dict, part: Part = WHOLE) -> Score:
+      own = places(len(prompts), part)
+      written = generate_texts(engine, params, prompts, self.sampling, own)
+      right = [self.is_right(g.text, targets[i]) for i, g in zip(own, written, strict=True)]
+      return _accuracy(right, [prompts[i] for i in own], written)
 
     compared = (self.extract, self.take, self.number, self.ignore_case)
     found = digest(
@@ -165,12 +166,13 @@ class CodeGeneration:
 
     tests = [program(example, '') for example in drawn.examples]
 
-    def score(params: dict) -> Score:
-      written = generate_texts(engine, params, prompts, self.sampling)
-      programs = [program(e, g.text) for e, g in zip(drawn.examples, written, strict=True)]
+    def score(params: dict, part: Part = WHOLE) -> Score:
+      own = places(len(prompts), part)
+      written = generate_texts(engine, params, prompts, self.sampling, own)
+      programs = [program(drawn.examples[i], g.text) for i, g in zip(own, written, strict=True)]
       with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         right = list(pool.map(self._passes, programs))
-      return _accuracy(right, prompts, written)
+      return _accuracy(right, [prompts[i] for i in own], written)
 
     limits = (self.program, self.seconds, self.memory_mb)
     found = digest(engine, 'code', prompts, tests, limits, dataclasses.astuple(self.sampling))

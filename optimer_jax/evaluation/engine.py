@@ -27,7 +27,7 @@ class Engine:
     tokenizer: from text to tokens and back.
     context: tokens of a prompt and its answer together, at most.
     batch_tokens: tokens scored at once.
-    generate_rows: answers generated at once, a multiple of 4.
+    generate_rows: answers generated at once, a power of 2.
     mesh: splits batches over devices; default: one device.
     cache: where tokenised text is kept; default: ~/.cache/optimer_jax.
   """
@@ -36,7 +36,7 @@ class Engine:
   tokenizer: Tokenizer
   context: int = 4096
   batch_tokens: int = 4096
-  generate_rows: int = 32
+  generate_rows: int = 64
   mesh: Mesh | None = None
   cache: Path | None = None
 
@@ -54,14 +54,15 @@ class Prepared:
     name: of the task.
     digest: of everything that a score depends on but the parameters.
     count: examples.
-    score: from parameters to their score.
-    gradient: the same with the gradient; None where the score has none.
+    score: from parameters, and the part of the examples (`scores.Part`; all by default), to their
+      score. What a part needs is planned and compiled once. ValueError for more parts than `count`.
+    gradient: that of all examples with the gradient; None where the score has none.
   """
 
   name: str
   digest: str
   count: int
-  score: Callable[[dict], Score]
+  score: Callable[..., Score]
   gradient: Gradient | None = None
 
 

@@ -12,6 +12,7 @@ included, and is counted. Control pieces that a text spells out are text here, n
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -29,7 +30,7 @@ from optimer_jax.data.tokenizer import NAMES, Tokenizer
 from optimer_jax.errors import UsageError, UserError
 from optimer_jax.evaluation.engine import Engine, Prepared
 from optimer_jax.evaluation.generation import Prompt, Sampling, generate_texts
-from optimer_jax.evaluation.scores import Score
+from optimer_jax.evaluation.scores import WHOLE, Part, Score, places
 from optimer_jax.evaluation.scoring import Continuation, log_likelihoods, plan
 
 SPLITS = ('dev', 'test')
@@ -90,15 +91,19 @@ class HarnessTask:
       raise UserError(f'{self.task} has no document for {split}: give a larger set')
     metric, filter_name = _metric(self.metric, tasks)
     instances = [instance for task in tasks for instance in task.instances]
+    documents = [(task, requests) for task in tasks for requests in _by_document(task)]
     model = language_model(engine)
 
-    def score(params: dict) -> Score:
+    def score(params: dict, part: Part = WHOLE) -> Score:
       model.params, model.tokens, model.truncated = params, 0, 0
-      _respond(model, instances)
+      own = [documents[i] for i in places(len(documents), part)]
+      _respond(model, instances, {id(each) for _, requests in own for each in requests})
       pairs = []
-      for task in tasks:
-        task.apply_filters()
-        for requests in _by_document(task):
+      for task, group in itertools.groupby(own, lambda each: each[0]):
+        group = [requests for _, requests in group]
+        for each in task._filters:
+          each.apply([*itertools.chain.from_iterable(group)])
+        for requests in group:
           answers = [request.filtered_resps[filter_name] for request in requests]
           found = task.process_results(requests[0].doc, answers)
           pairs.append(_measure(self.name, metric, found, requests[0]))
@@ -107,8 +112,7 @@ class HarnessTask:
       return Score(values, sizes, unit, model.truncated, model.tokens)
 
     settings = [metric, filter_name, engine.context, engine.tokenizer.digest]
-    count = sum(len(_by_document(task)) for task in tasks)
-    return Prepared(self.name, _digest(tasks, settings), count, score)
+    return Prepared(self.name, _digest(tasks, settings), len(documents), score)
 
 
 def language_model(engine: Engine, params: dict | None = None):
@@ -130,32 +134,38 @@ def _language_model_class() -> type:
   from lm_eval.api.model import LM
 
   class LanguageModel(LM):
+    """Responds to all requests, or in their order to those at the places `chosen`."""
+
     def __init__(self, engine: Engine, params: dict | None):
       super().__init__()
       self.engine, self.params = engine, params
       self.tokens = self.truncated = 0
       self._made = {}
 
-    def loglikelihood(self, requests: list, **_) -> list[tuple[float, bool]]:
-      found, _ = self._score(_continuations, requests)
+    def loglikelihood(self, requests: list, chosen=None, **_) -> list[tuple[float, bool]]:
+      found, _ = self._score(_continuations, requests, chosen)
       return list(zip((-found.nats).tolist(), found.greedy.tolist(), strict=True))
 
-    def loglikelihood_rolling(self, requests: list, **_) -> list[float]:
-      found, counts = self._score(_windows, requests)
+    def loglikelihood_rolling(self, requests: list, chosen=None, **_) -> list[float]:
+      found, counts = self._score(_windows, requests, chosen)
       starts = np.cumsum([0, *counts[:-1]])
       return (-np.add.reduceat(found.nats, starts)).tolist()
 
-    def generate_until(self, requests: list, **_) -> list[str]:
-      texts = [''] * len(requests)
+    def generate_until(self, requests: list, chosen=None, **_) -> list[str]:
+      chosen, texts = range(len(requests)) if chosen is None else chosen, {}
+      wanted = {*chosen}
+      # All are given, as a draw depends on a prompt's place among all.
       for sampling, (numbers, prompts, truncated) in self._once(_prompts, requests).items():
-        found = generate_texts(self.engine, self.params, prompts, sampling)
-        self.truncated += sum(truncated)
-        for number, prompt, generation in zip(numbers, prompts, found, strict=True):
-          self.tokens += len(prompt.tokens) + len(generation.tokens)
-          texts[number] = generation.text
-      return texts
+        own = [i for i, number in enumerate(numbers) if number in wanted]
+        found = generate_texts(self.engine, self.params, prompts, sampling, own)
+        for i, generation in zip(own, found, strict=True):
+          self.truncated += truncated[i]
+          self.tokens += len(prompts[i].tokens) + len(generation.tokens)
+          texts[numbers[i]] = generation.text
+      return [texts[i] for i in chosen]
 
-    def _score(self, split: Callable, requests: list):
+    def _score(self, split: Callable, requests: list, chosen: Sequence[int] | None):
+      requests = requests if chosen is None else [requests[i] for i in chosen]
       planned, counts, truncated = self._once(split, requests)
       self.tokens += planned.tokens
       self.truncated += truncated
@@ -319,15 +329,16 @@ def _metric(asked: str | None, tasks: list) -> tuple[str, str]:
   return metric, filter_name
 
 
-def _respond(model, instances: list) -> None:
-  """Gives each request its responses, in place of the last candidate's."""
+def _respond(model, instances: list, wanted: set[int]) -> None:
+  """Gives each request whose id is `wanted` its responses, in place of the last candidate's."""
   kinds = defaultdict(list)
   for each in instances:
     each.resps, each.filtered_resps = [], {}
     kinds[each.request_type] += [each] * each.repeats
   for kind, requests in kinds.items():
-    for request, response in zip(requests, getattr(model, kind)(requests), strict=True):
-      request.resps.append(response)
+    if chosen := [i for i, request in enumerate(requests) if id(request) in wanted]:
+      for i, response in zip(chosen, getattr(model, kind)(requests, chosen=chosen), strict=True):
+        requests[i].resps.append(response)
 
 
 def _by_document(task) -> list[list]:

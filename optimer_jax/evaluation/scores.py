@@ -2,12 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 UNITS = ('bits/byte', 'accuracy')
 DRAWS = 10_000  # of signs, for the p value of a paired difference
+
+# (i, n): of N examples the i-th of n parts, those at the places i, i + n, i + 2n, … below N.
+Part = tuple[int, int]
+WHOLE: Part = (0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +104,14 @@ def compare(a: Mapping[str, Score], b: Mapping[str, Score]) -> dict:
   rng = np.random.default_rng(0)
   for name, one in a.items():
     two = b[name]
-    if not np.array_equal(one.sizes, two.sizes):
-      raise ValueError(f'{name}: the two scores are of other examples')
-    difference = (one.values - two.values) * (-1 if one.unit == 'accuracy' else 1)
+    apart = _apart(name, one, two)
     total = one.sizes.sum()
-    flips = _flipped_sums(rng, difference) / total
+    flips = _flipped_sums(rng, apart) / total
     flipped += flips / len(a)
-    value = float(difference.sum() / total)
+    value = float(apart.sum() / total)
     per_task[name] = {
       'difference': value,
-      'stderr': _stderr(difference, one.sizes),
+      'stderr': _stderr(apart, one.sizes),
       'p': _share_beyond(flips, value),
     }
   k = len(per_task)
@@ -120,6 +122,81 @@ def compare(a: Mapping[str, Score], b: Mapping[str, Score]) -> dict:
     'p': _share_beyond(flipped, mean),
     'per_task': per_task,
   }
+
+
+# Parts.
+
+
+def places(count: int, part: Part) -> np.ndarray:
+  """The places int [n] of a part's examples among `count`; ValueError if there is no such part."""
+  i, n = part
+  if not 0 <= i < n <= max(count, 1):
+    raise ValueError(f'there is no part {i} of {n} of {count} examples')
+  return np.arange(i, count, n)
+
+
+def seen(count: int, m: int, n: int) -> np.ndarray:
+  """bool [count]: which examples are in the first m of n parts."""
+  return np.arange(count) % n < m
+
+
+def joined(parts: Sequence[Score], of: int) -> Score:
+  """The score of the first parts of `of` as one, its examples in the task's own order.
+
+  Of all parts it is the score of the whole, but for the last bits (batches had other shapes) and
+  for the tokens: what examples of several parts begin with was read in each.
+  """
+  order = np.argsort(
+    np.concatenate([i + of * np.arange(len(part.values)) for i, part in enumerate(parts)])
+  )
+  return Score(
+    np.concatenate([part.values for part in parts])[order],
+    np.concatenate([part.sizes for part in parts])[order],
+    parts[0].unit,
+    sum(part.truncated for part in parts),
+    sum(part.tokens for part in parts),
+  )
+
+
+def difference(partial: Score, rival: Score, m: int, n: int) -> tuple[float, float]:
+  """The loss of a candidate on all N examples less a rival's, and its standard error.
+
+  The candidate was scored on the first m of n parts, the rival on all. Examples are paired: it is
+  the sum of their differences over the sum of their sizes. The N examples are what is asked about,
+  not a sample: the error is of the unseen ones alone, and 0 where m is n (Cochran 1977, Sampling
+  Techniques, theorem 2.5). It takes the seen ones for drawn at random, and is itself a rough guess
+  from a few: of examples that all differ by the same it is 0.
+
+  Args:
+    partial: `joined` of the parts.
+    rival: of N examples.
+    m, n: which parts the candidate has seen.
+
+  Raises:
+    ValueError: the candidate was scored on other examples.
+  """
+  mask = seen(len(rival.values), m, n)
+  same = Score(rival.values[mask], rival.sizes[mask], rival.unit)
+  apart = _apart(f'{m} of {n} parts', partial, same)
+  value = float(apart.sum() / partial.sizes.sum())
+  unseen = 1 - mask.mean()
+  return value, _stderr(apart, partial.sizes) * math.sqrt(unseen) if unseen else 0.0
+
+
+def estimate(partial: Score, rival: Score, m: int, n: int) -> tuple[float, float]:
+  """The `Score.value` to expect of a candidate on all examples, and its standard error.
+
+  That is the rival's and their `difference`, whose arguments these are.
+  """
+  apart, error = difference(partial, rival, m, n)
+  return rival.value + (-apart if rival.unit == 'accuracy' else apart), error
+
+
+def _apart(name: str, one: Score, two: Score) -> np.ndarray:
+  """The losses of the same examples, one less two: float64 [N]; of other ones ValueError."""
+  if not np.array_equal(one.sizes, two.sizes):
+    raise ValueError(f'{name}: the two scores are of other examples')
+  return (one.values - two.values) * (-1 if one.unit == 'accuracy' else 1)
 
 
 def _flipped_sums(rng: np.random.Generator, difference: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ D embed, V vocab, R requests.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -96,8 +97,7 @@ def gradient_plan(
 ) -> Plan:
   """`plan` for `likelihood_gradient`: in batches whose backward pass has room.
 
-  Layers that are not scanned keep everything for it, as XLA's CPU compiler takes what `Model.remat`
-  computes again for what is there already.
+  That of layers that are not scanned keeps all that they compute.
   """
   most = batch_tokens if model.scan else min(batch_tokens, GRADIENT_TOKENS)
   return plan(requests, context, most, shards)
@@ -133,6 +133,8 @@ def likelihood_gradient(
   """
   if any(group.length for group in plan.groups):
     raise ValueError('there is no gradient of requests that share a prefix')
+  # Where layers are not scanned, `remat` takes a forward pass more and no memory less (on CPU).
+  model = dataclasses.replace(model, remat=model.remat and model.scan)
   distinct = np.bincount(plan.distinct, factors)
   batches = [batch for group in plan.groups for batch in group.batches]
   results = []

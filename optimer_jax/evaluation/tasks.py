@@ -5,6 +5,7 @@ prompts and plans the batches. What it returns scores any number of candidates.
 """
 
 import dataclasses
+import functools
 import re
 import string
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ from optimer_jax.errors import UsageError, UserError
 from optimer_jax.evaluation.engine import Engine, Prepared
 from optimer_jax.evaluation.examples import Example
 from optimer_jax.evaluation.prompts import Template, continuations, digest, joined, templates
-from optimer_jax.evaluation.scores import Score
+from optimer_jax.evaluation.scores import WHOLE, Part, Score, places
 from optimer_jax.evaluation.scoring import (
   Continuation,
+  Plan,
   gradient_plan,
   likelihood_gradient,
   log_likelihoods,
@@ -82,15 +84,21 @@ class BitsPerByte:
       for tokens, length in zip(np.asarray(rows.tokens), lengths, strict=True)
     ]
     sizing = engine.context, engine.batch_tokens, engine.shards
-    planned = plan(requests, *sizing)
     backward = gradient_plan(engine.model, requests, *sizing)
     sizes = np.asarray(rows.bytes, np.float64)
 
-    def scored(nats: np.ndarray) -> Score:
-      return Score(nats / np.log(2), sizes, 'bits/byte', planned.truncated, planned.tokens)
+    @functools.cache
+    def planned(part: Part) -> tuple[np.ndarray, Plan]:
+      own = places(len(requests), part)
+      return own, plan([requests[i] for i in own], *sizing)
 
-    def score(params: dict) -> Score:
-      return scored(log_likelihoods(engine.model, params, planned, engine.mesh).nats)
+    def scored(nats: np.ndarray, part: Part = WHOLE) -> Score:
+      own, made = planned(part)
+      return Score(nats / np.log(2), sizes[own], 'bits/byte', made.truncated, made.tokens)
+
+    def score(params: dict, part: Part = WHOLE) -> Score:
+      _, made = planned(part)
+      return scored(log_likelihoods(engine.model, params, made, engine.mesh).nats, part)
 
     def gradient(
       params: dict, vectors: Sequence[dict], groups: Groups = ALL
@@ -101,6 +109,7 @@ class BitsPerByte:
       )
       return scored(nats), found
 
+    planned(WHOLE)  # errors come now
     found = digest(engine, 'bits', requests, sizes)
     return Prepared(self.name, found, len(requests), score, gradient)
 
@@ -174,23 +183,33 @@ class MultipleChoice:
     unasked = []
     if self.score == 'calibrated':
       unasked = continuations(engine.tokenizer, [(self.calibration, text) for _, text in pairs])
-    planned = plan([*asked, *unasked], engine.context, engine.batch_tokens, engine.shards)
     cut = np.array([len(context) + len(target) > engine.context for context, target in asked])
-    truncated = int(np.logical_or.reduceat(cut, starts).sum())
+    truncated = np.logical_or.reduceat(cut, starts)
+    owner = np.repeat(np.arange(len(counts)), counts)
 
-    def score(params: dict) -> Score:
-      nats = log_likelihoods(engine.model, params, planned, engine.mesh).nats
-      compared = nats[: len(asked)]
+    @functools.cache
+    def planned(part: Part) -> tuple[np.ndarray, np.ndarray, Plan]:
+      """The examples, their options, and the plan of these."""
+      own = places(len(right), part)
+      options = np.flatnonzero(np.isin(owner, own))
+      requests = [each[i] for each in (asked, unasked) if each for i in options]
+      return own, options, plan(requests, engine.context, engine.batch_tokens, engine.shards)
+
+    def score(params: dict, part: Part = WHOLE) -> Score:
+      own, options, made = planned(part)
+      nats = log_likelihoods(engine.model, params, made, engine.mesh).nats
+      compared = nats[: len(options)]
       if self.score == 'length':
-        compared = compared / sizes
+        compared = compared / sizes[options]
       elif self.score == 'calibrated':
-        compared = compared - nats[len(asked) :]
-      each = np.split(compared, starts[1:])
-      values = (np.array([np.argmin(e) for e in each]) == right).astype(np.float64)
+        compared = compared - nats[len(options) :]
+      each = np.split(compared, np.flatnonzero(np.diff(owner[options])) + 1)
+      values = (np.array([np.argmin(e) for e in each]) == right[own]).astype(np.float64)
       # A model whose numbers are not finite chooses nothing, and is not to be taken for wrong.
       values[[np.isnan(e).any() for e in each]] = np.nan
-      return Score(values, np.ones(len(right)), 'accuracy', truncated, planned.tokens)
+      return Score(values, np.ones(len(own)), 'accuracy', int(truncated[own].sum()), made.tokens)
 
+    planned(WHOLE)  # errors come now
     found = digest(engine, 'choice', self.score, asked, unasked, counts, sizes, right)
     return Prepared(self.name, found, len(right), score)
 

@@ -131,9 +131,11 @@ class Attention(nnx.Module):
     logits = jnp.where(mask[:, None, None], logits * self.scale, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
     own = k.shape[1]
-    out = jnp.einsum('BKGTS,BSKH->BTKGH', probs[..., :own], v)
+    # In the products' own order of axes: with T in front XLA's CPU code takes seven times as long.
+    out = jnp.einsum('BKGTS,BSKH->BKGTH', probs[..., :own], v)
     if prefix is not None:
-      out += jnp.einsum('BKGTP,PKH->BTKGH', probs[..., own:], prefix.v)
+      out += jnp.einsum('BKGTP,PKH->BKGTH', probs[..., own:], prefix.v)
+    out = jnp.moveaxis(out, 3, 1)  # B T K G H
     out = out.reshape(*out.shape[:2], -1, out.shape[-1])  # B T N H
     return project('BTNH,NHD->BTD', out, self.o_proj[...]), cache
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optimer_jax.checkpoints.names import contracted_axes
 from optimer_jax.checkpoints.quantized import Quantized
 from optimer_jax.errors import UsageError
 from optimer_jax.gemma3 import from_leaves, to_leaves
 from optimer_jax.merging import methods
-from optimer_jax.merging.weighted_sum import weighted_sum
+from optimer_jax.merging.weighted_sum import ALL, Groups, weighted_sum
 from optimer_jax.vectors.pool import Pool
 
 # At weights of zero these give something else than the base, or have no weights at all.
@@ -77,12 +78,19 @@ class MergeConfig:
       del values['density']
     return ', '.join(f'{key} {value}' for key, value in values.items() if value is not None)
 
-  def check_searchable(self, k: int, density: tuple[float, float] | None = None) -> None:
+  def check_searchable(
+    self, k: int, density: tuple[float, float] | None = None, linear: bool = False
+  ) -> None:
     """Refuses what a search of K weights, and of the density between bounds, would stumble over.
+
+    Args:
+      k: vectors.
+      density: its bounds, where it is searched.
+      linear: whether the search needs the weighted sum, as it takes gradients or has groups.
 
     Raises:
       UsageError: an unknown method, or one whose weights of zero are not the base, with which a
-        search begins; a density where the method has none.
+        search begins; a density where the method has none; not the weighted sum, if it must be.
       UserError: numbers that the method does not take.
     """
     if self.method in _WITHOUT_ZERO:
@@ -91,6 +99,11 @@ class MergeConfig:
         f'search {", ".join(sorted(set(methods.METHODS) - set(_WITHOUT_ZERO)))}'
       )
     self.numbers([1 / k] * k)
+    if linear and (density or not self.is_weighted_sum):
+      raise UsageError(
+        f'gradients and groups of weights are of the weighted sum, not of {self.method} with these '
+        'settings: take the plain task_arithmetic, or another sampler and no groups'
+      )
     if density and methods.METHODS[self.method].keeps == 'all':
       raise UsageError(f'{self.method} keeps all of a vector: it has no density to search')
     for bound in (density[0], density[1] * (1 - 1e-6)) if density else ():
@@ -98,23 +111,26 @@ class MergeConfig:
 
 
 def candidates(
-  pool: Pool, config: MergeConfig = MergeConfig()
+  pool: Pool, config: MergeConfig = MergeConfig(), groups: Groups = ALL
 ) -> Callable[[Mapping[str, float]], dict]:
   """A function from a point to parameters that reuses the last candidate's memory.
 
-  A point has a weight for each vector of the pool, and may have a 'density'. The parameters that
-  the function returned before are gone when it is called again.
+  A point has the weights that `groups` names for the vectors of the pool, and may have a
+  'density'. The parameters that the function returned before are gone when it is called again.
   """
   held = [jax.tree.map(jnp.copy, pool.base)]
+  names = groups.weights(pool.names, pool.model.config)
+  index = None if groups == ALL else groups.index(pool.model)
 
   def candidate(point: Mapping[str, float]) -> dict:
-    weights = [point[name] for name in pool.names]
+    weights = np.array([[point[name] for name in names[vector]] for vector in pool.names])
     if config.is_weighted_sum:
-      w = jnp.asarray(weights, jnp.float32)
-      held[0] = weighted_sum(held[0], pool.base, pool.vectors, w)
+      w = jnp.asarray(weights[:, 0] if index is None else weights.T, jnp.float32)
+      held[0] = weighted_sum(held[0], pool.base, pool.vectors, w, groups=index)
     else:
       others = {key: value for key, value in point.items() if key not in pool.names}
-      held[0] = _merged(held[0], pool, config, config.at(others).numbers(weights))
+      numbers = config.at(others).numbers(weights[:, 0].tolist())
+      held[0] = _merged(held[0], pool, config, numbers)
     return held[0]
 
   return candidate

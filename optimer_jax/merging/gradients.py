@@ -1,11 +1,12 @@
 """The gradient of a loss with respect to merge weights: dL/dw_k = <dL/dtheta, tau_k>.
 
 One backward pass gives all K numbers of every leaf. Each layer's gradient is multiplied with the
-vectors where it arises and goes no further, so there is never more than a layer's: memory is that
-of the forward pass and the layers' inputs (`Model.remat`), whatever the number of parameters.
+vectors where it arises and goes no further, so that there is never one of all parameters, nor of
+the whole embedding. What the layers keep of the tokens is as `Model.remat` says. In scanned layers
+the five local ones of a period are taken from their stack together, with those of the vectors.
 
-Shape letters: B rows, T slots and target tokens of a row, C target tokens of a piece, D embed,
-V vocab, K vectors, G groups.
+Shape letters: B rows, T slots and target tokens of a row, C target tokens of a row in a piece,
+R in all its rows, D embed, V vocab, K vectors, G groups.
 """
 
 import dataclasses
@@ -18,11 +19,10 @@ import numpy as np
 from optimer_jax.checkpoints.quantized import Quantized
 from optimer_jax.gemma3 import Gemma3Config, Model, logical_axes, to_leaves
 from optimer_jax.gemma3.transformer import embed_logits, hidden
-from optimer_jax.merging.weighted_sum import Groups
+from optimer_jax.merging.weighted_sum import ALL, Groups
 
 # Elements of the embedding's gradient that exist at a time: 33 MB.
 BLOCK = 2**23
-ALL = Groups()
 
 
 def weights_gradient(config: Gemma3Config, slopes: dict, groups: Groups = ALL) -> np.ndarray:
@@ -125,29 +125,31 @@ def _cross_entropy(
   block = min(vocab, max(BLOCK // width, 1))
 
   def piece(i, found):
+    *both, slopes = found
     h, target, factor = (
       jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1) for a in (y, targets, factors)
     )
-    logits = embed_logits({'embedder': {'embedding': table}}, h)  # B C V
+    shape, h = h.shape, h.reshape(-1, width)  # R D, with R = B C
+    target, factor = target.reshape(-1, 1), factor.reshape(-1, 1)
+    logits = embed_logits({'embedder': {'embedding': table}}, h)  # R V
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    here = jnp.arange(vocab) == target[..., None]
-    nats = total[..., 0] - jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    d = ((jnp.exp(logits - total) - here) * factor[..., None]).astype(h.dtype)
-    dh = jnp.einsum('BCV,VD->BCD', d, table.astype(h.dtype))
+    nats = total - jnp.take_along_axis(logits, target, axis=-1)
+    d = ((jnp.exp(logits - total) - (jnp.arange(vocab) == target)) * factor).astype(h.dtype)
+    dh = jnp.einsum('RV,VD->RD', d, table.astype(h.dtype))
 
     def rows(j, slopes):
       # The last block begins early enough to be whole; what it repeats does not count.
       start = jnp.minimum(j * block, vocab - block)
-      part = jax.lax.dynamic_slice_in_dim(d, start, block, axis=2)
+      part = jax.lax.dynamic_slice_in_dim(d, start, block, axis=1)
       part = jnp.where(start + jnp.arange(block) >= j * block, part, 0)
-      gradient = jnp.einsum('BCV,BCD->VD', part, h, preferred_element_type=jnp.float32)
+      gradient = jnp.einsum('RV,RD->VD', part, h, preferred_element_type=jnp.float32)
       cut = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, block), tables)
       return slopes + _products(gradient, cut)
 
-    *both, slopes = found
+    new = nats.reshape(shape[:2]), dh.reshape(shape)
     nats, dy = (
-      jax.lax.dynamic_update_slice_in_dim(a, new, i * chunk, axis=1)
-      for a, new in zip(both, (nats, dh), strict=True)
+      jax.lax.dynamic_update_slice_in_dim(a, b, i * chunk, axis=1)
+      for a, b in zip(both, new, strict=True)
     )
     return nats, dy, jax.lax.fori_loop(0, -(-vocab // block), rows, slopes)
 

@@ -59,6 +59,17 @@ class Groups:
     leaves = {x: np.asarray(number[self.of(x, config.num_layers)]) for x in leaf_shapes(config)}
     return tuple(_hashable(x.tolist()) for x in jax.tree.leaves(from_leaves(model, leaves)))
 
+  def weights(self, vectors: Sequence[str], config: Gemma3Config) -> dict[str, tuple[str, ...]]:
+    """The names of the weights of each vector, in the order of the groups.
+
+    Without groups that of the vector itself, else 'vector:group'.
+    """
+    names = self.names(config)
+    return {v: tuple(f'{v}:{g}' for g in names) if len(names) > 1 else (v,) for v in vectors}
+
+
+ALL = Groups()
+
 
 def _hashable(value):
   return tuple(map(_hashable, value)) if isinstance(value, list) else value

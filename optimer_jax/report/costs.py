@@ -17,13 +17,13 @@ BEAT_S = 2.0
 
 
 @contextlib.contextmanager
-def account(run: Path, stage: str) -> Iterator[dict]:
+def account(run: Path, stage: str, worker: str = '') -> Iterator[dict]:
   """Measures a stage; the block may add `flops`, `tokens` … to the dict that it is given.
 
   While the stage runs, its time so far is written to RUN/.stage.json every two seconds. A stage
   that was killed is entered from there, marked `interrupted`, when the next one begins.
   """
-  running = run / '.stage.json'
+  running = run / f'.stage{worker and "-"}{worker}.json'  # Workers share a stage.
   _enter_killed(running, run)
   row, start, done = {}, time.monotonic(), threading.Event()
   started = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

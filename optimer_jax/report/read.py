@@ -53,6 +53,7 @@ BEST = {
   'ratios?': {...: Number},
   'numbers?': dict,
   'chosen': str,
+  'objectives?': {...: Maybe},
   'best_observed?': {'objective': Number},
   'surrogate_optimum?': {'objective': Number, 'predicted?': Number},
 }
@@ -227,8 +228,14 @@ def read_run(path: Path) -> Run:
     # A trial that was scored again after a kill stands twice: the last line counts.
     kept = many(folder / 'examples.jsonl', EXAMPLES)
     examples = {row['trial']: row['per_example'] for row in kept}
-    if infeasible := [row for row in trials if row['objective'] is None]:
-      trials = [row for row in trials if row['objective'] is not None]
+    # What a trial's objective is measured by may have been scored after it.
+    measured = best.get('objectives', {})
+    trials = [
+      {**row, 'objective': measured.get(str(row['trial']), row['objective'])} for row in trials
+    ]
+    infeasible = [row for row in trials if any(s['value'] is None for s in row['scores'].values())]
+    trials = [row for row in trials if row['objective'] is not None]
+    if infeasible:
       problems.append(
         f'studies/{folder.name}/trials.jsonl has no finite score of '
         f'trial {", ".join(str(row["trial"]) for row in infeasible)}: left out here.'

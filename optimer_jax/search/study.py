@@ -1,21 +1,19 @@
-"""A study: from two seeds through Vizier's suggestions to the surrogate's optimum."""
+"""What a study is: its configuration, and the questions that its trials answer."""
 
-import contextlib
 import dataclasses
-import fcntl
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from optimer_jax.errors import UsageError, UserError
-from optimer_jax.files import append_jsonl, write_json
-from optimer_jax.progress import say
-from optimer_jax.search.ledger import append_trial, make_row, read_ledger
-from optimer_jax.search.objectives import objective_named, standard_error
-from optimer_jax.search.vizier import VizierSampler, surrogate_optimum
+from optimer_jax.merging.weighted_sum import Groups
+from optimer_jax.search.ledger import point_of
+from optimer_jax.search.objectives import Aggregate, Objective, losses_of, stderrs_of
+from optimer_jax.search.samplers import SAMPLERS, Observation
 
 DENSITY = 'density'  # the one parameter of a merge method that is searched with the weights
+_MODELLING = ('composite', 'gradient')  # Samplers that see each task.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,214 +22,194 @@ class StudyConfig:
 
   Attributes:
     name: what the study is called.
-    trials: evaluations in all: the two seeds, Vizier's suggestions, and the surrogate's optimum,
-      evaluated last. A study may be given more trials later.
-    objective: name of a function in `objectives`, to be minimised.
+    trials: evaluations in all: the seeds (the uniform average, the base, and the CPT models where
+      the objective is measured by them), a sampler's suggestions, and the optimum of the model of
+      them all, evaluated last. A study may be given more trials later.
+    sampler: of `samplers.SAMPLERS`.
+    objective: what is minimised.
     lower, upper: bounds of every merge weight; they hold 0 (the base) and 1/K (the average).
+    ranges: other bounds, of single vectors by name.
+    simplex: search weights that are none below 0 and sum to 1.
     density: bounds of the merge method's density, to search it too.
-    seed: of Vizier's random numbers.
+    groups: which parameters share a vector's merge weight; by default all.
+    parts: a candidate is scored on this many parts of the examples, one after another, and given
+      up once it cannot win any more; 1 always scores all.
+    reuse: begin with what the other studies of the pool have measured.
+    seed: of all random numbers.
   """
 
   name: str = 'default'
   trials: int = 14
-  objective: str = 'mean'
+  sampler: str = 'vizier'
+  objective: Objective = dataclasses.field(default_factory=Objective)
   lower: float = 0.0
   upper: float = 1.0
+  ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+  simplex: bool = False
   density: tuple[float, float] | None = None
+  groups: Groups = dataclasses.field(default_factory=Groups)
+  parts: int = 4
+  reuse: bool = True
   seed: int = 0
 
 
-def run_study(
-  directory: Path | str,
-  names: Sequence[str],
-  evaluate: Callable[[dict[str, float]], Mapping],
-  config: StudyConfig,
-  pool: str,
-  tasks: Mapping[str, str],
-  method: str = '',
-) -> dict:
-  """Runs the study to its end, from wherever it stands, and returns the content of best.json.
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What is asked, and of what.
 
-  Killed at any moment and started again, it evaluates no candidate twice and gives the ledger of
-  an unbroken run (but for times). A finished study returns at once.
-
-  Args:
-    directory: of the study; holds trials.jsonl (the truth), examples.jsonl, study.db and best.json.
-    names: the K data sets of the pool.
-    evaluate: {data set: weight}, and 'density' where it is searched -> {'scores': {task: {'value',
-      'stderr', 'unit', …}}, 'seconds', 'flops'}, and 'per_example', which is kept beside the
-      ledger; a value that is not finite makes the candidate infeasible.
-    config: what to search.
+  Attributes:
+    config: how it is asked.
+    parameters: the names of the merge weights of each of the K vectors, one for each group.
+    tasks: digest of the data of each of the J tasks.
     pool: fingerprint of the vector pool.
-    tasks: the tasks that `evaluate` scores, each with a digest of the data that it scores on.
-    method: how `evaluate` merges, where it is not the weighted sum.
+    method: how candidates are merged; '' for the weighted sum.
 
   Raises:
     UsageError: the configuration makes no sense.
-    UserError: the directory holds a study of something else or is in use, or every candidate is
-      infeasible.
   """
-  _check(config, names)
-  objective = objective_named(config.objective)
-  directory = Path(directory)
-  ledger = directory / 'trials.jsonl'
-  search = {key: getattr(config, key) for key in ('objective', 'lower', 'upper', 'seed')}
-  if method:
-    search['merge method'] = method
-  space = dict.fromkeys(names, (config.lower, config.upper))
-  numbers = {}
-  if config.density:
-    search['density'] = ' to '.join(map(str, config.density))
-    numbers = {DENSITY: config.density}
-  space |= numbers
-  with _held(directory):
-    rows = read_ledger(ledger, pool, names, tasks, search)
-    finished = len(rows) >= config.trials and rows[-1]['sampler'] == 'surrogate'
-    if not finished:
-      sampler = VizierSampler(directory / 'study.db', space, config.seed, _observed(rows))
-      last = max(config.trials, len(rows) + 1)
-      begun, before = time.monotonic(), len(rows)
-      for number in range(len(rows) + 1, last + 1):
-        predicted = None
-        if number == 3:
-          _feasible(rows)  # With neither the average nor the base to stand on, stop here.
-        if number <= 2:
-          kind, point = 'seed', dict.fromkeys(names, (1 / len(names), 0.0)[number - 1])
-          point |= {name: high for name, (_, high) in numbers.items()}
-        elif number < last:
-          kind, (point,) = 'vizier', sampler.suggest(1)
-        else:
-          kind = 'surrogate'
-          point, predicted = surrogate_optimum(space, config.seed, _observed(rows))
 
-        result = _known(rows, point) or evaluate(dict(point))
-        if set(result['scores']) != set(tasks):
-          raise ValueError(f'scored {sorted(result["scores"])}, not the tasks {sorted(tasks)}')
-        value = objective(result['scores'])
-        weights, others = ({x: point[x] for x in some} for some in (names, numbers))
-        row = make_row(number, kind, weights, others, result, value, pool, search, tasks)
-        if predicted is not None:
-          row['predicted'] = predicted
-        if examples := result.get('per_example'):
-          append_jsonl(directory / 'examples.jsonl', {'trial': number, 'per_example': examples})
-        append_trial(ledger, row)
-        rows.append(row)
-        sampler.observe(_point(row), row['objective'])
+  config: StudyConfig
+  parameters: Mapping[str, Sequence[str]]
+  tasks: Mapping[str, str]
+  pool: str
+  method: str = ''
 
-        left = (time.monotonic() - begun) / (number - before) * (last - number)
-        say(_line(config.name, row, rows, last, left))
-    best = _best(rows, config.objective)
-    write_json(directory / 'best.json', best)
-  return best
+  def __post_init__(self):
+    self.config.objective.check([*self.tasks])
+    if problem := _problem(self):
+      raise UsageError(f'study {self.config.name}{problem}')
 
+  @property
+  def names(self) -> list[str]:
+    """Of all merge weights."""
+    return [name for names in self.parameters.values() for name in names]
 
-def _check(config: StudyConfig, names: Sequence[str]) -> None:
-  if config.trials < 3:
-    raise UsageError(
-      f'study {config.name} has {config.trials} trials: it needs at least 3 (the uniform average, '
-      "the base, and the surrogate's optimum)"
-    )
-  if not names or len(set(names)) != len(names):
-    raise UsageError(f'study {config.name} needs distinct data sets, not {list(names)}')
-  if config.density and not 0.0 < config.density[0] < config.density[1] <= 1.0:
-    raise UsageError(
-      f'study {config.name}: the density is searched between {config.density[0]} and '
-      f'{config.density[1]}, but needs 0 < lower < upper <= 1'
-    )
-  if config.density and DENSITY in names:
-    raise UsageError(f'study {config.name}: no data set can be called {DENSITY!r} here')
-  if not config.lower <= 0.0 < 1 / len(names) <= config.upper:
-    raise UsageError(
-      f'study {config.name}: the bounds [{config.lower}, {config.upper}] must hold 0 and '
-      f'1/K = {1 / len(names):.3g}, the weights of the base and of the uniform average'
-    )
+  @property
+  def numbers(self) -> dict[str, tuple[float, float]]:
+    """Bounds of what else is searched."""
+    return {DENSITY: tuple(self.config.density)} if self.config.density else {}
 
+  @property
+  def space(self) -> dict[str, tuple[float, float]]:
+    """Bounds of everything that is searched."""
+    bounds = (self.config.lower, self.config.upper)
+    ranges = {vector: tuple(self.config.ranges.get(vector, bounds)) for vector in self.parameters}
+    weights = {name: ranges[v] for v, names in self.parameters.items() for name in names}
+    return {**weights, **self.numbers}
 
-@contextlib.contextmanager
-def _held(directory: Path) -> Iterator[None]:
-  """Keeps a second process out of the study; the kernel lets go when this one dies."""
-  directory.mkdir(parents=True, exist_ok=True)
-  handle = os.open(directory, os.O_RDONLY)
-  try:
-    with contextlib.suppress(OSError):  # A file system without locks.
-      try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
+  @property
+  def search(self) -> dict:
+    """What must stay as it is while the study goes on."""
+    config = self.config
+    objective = dataclasses.asdict(config.objective)
+    return {
+      **{f'objective {key}': value for key, value in objective.items()},
+      'bounds': {name: list(bounds) for name, bounds in self.space.items()},
+      'sampler': config.sampler,
+      'simplex': config.simplex,
+      'parts': config.parts,
+      'seed': config.seed,
+      'merge method': self.method,
+    }
+
+  def seeds(self) -> list[dict[str, float]]:
+    """The points that are evaluated first; a density is then as high as it may be."""
+    average = dict.fromkeys(self.names, 1 / len(self.parameters))
+    points = [average, dict.fromkeys(self.names, 0.0)]
+    points += [a for a in self.config.objective.anchors(self.parameters) if a not in points]
+    return [
+      {**point, **{name: high for name, (_, high) in self.numbers.items()}} for point in points
+    ]
+
+  def objective(self, rows: Sequence[Mapping], number: int | None = None) -> Aggregate | None:
+    """The objective as these trials define it; None before they do.
+
+    Args:
+      rows: of the ledger.
+      number: of the direction in which a front is looked for; default: all its tasks alike.
+
+    Raises:
+      UserError: a model by which it is measured has no finite score.
+    """
+    anchors = []
+    for point in self.config.objective.anchors(self.parameters):
+      there = [row for row in rows if row['weights'] == point and 'parts' not in row]
+      if not there:
+        return None
+      anchors.append(losses_of(there[0]['scores'], self.tasks))
+      if bad := [task for task, x in zip(self.tasks, anchors[-1], strict=True) if np.isnan(x)]:
         raise UserError(
-          f'another process is searching in {directory}: wait for it, or stop it'
-        ) from None
-    yield
-  finally:
-    os.close(handle)
+          f'study {self.config.name}: its objective is measured by the model of the weights '
+          f'{point}, which has no finite score of {bad[0]}: check that task, or choose the scale '
+          "'loss' and no limits"
+        )
+    shape = (-1, len(self.tasks))
+    losses = np.reshape([losses_of(row['scores'], self.tasks) for row in rows], shape)
+    return self.config.objective.at([*self.tasks], losses, np.reshape(anchors, shape), number)
 
+  def value(self, row: Mapping, objective: Aggregate) -> float | None:
+    """The objective of a trial; None if a score is not finite."""
+    value = float(objective(losses_of(row['scores'], self.tasks)))
+    return value if math.isfinite(value) else None
 
-def _observed(rows: Sequence[Mapping]) -> list:
-  return [(_point(row), row['objective']) for row in rows]
+  def observations(self, rows: Sequence[Mapping], objective: Aggregate) -> list[Observation]:
+    """What a sampler is told of the trials.
 
-
-def _point(row: Mapping) -> dict[str, float]:
-  return {**row['weights'], **row.get('numbers', {})}
-
-
-def _known(rows: Sequence[Mapping], point: Mapping[str, float]) -> dict | None:
-  """The result of a candidate that stands in the ledger already; it costs nothing again."""
-  for row in rows:
-    if _point(row) == point:
-      return {'scores': row['scores'], 'seconds': 0.0, 'flops': 0.0}
-  return None
-
-
-def _feasible(rows: Sequence[Mapping]) -> list[Mapping]:
-  feasible = [row for row in rows if row['objective'] is not None]
-  if not feasible:
-    bad = sorted(t for t, score in rows[-1]['scores'].items() if score['value'] is None)
-    raise UserError(
-      f'no candidate has finite scores, not even the base and the average (see {", ".join(bad)}): '
-      'check the vectors and the evaluation data'
-    )
-  return feasible
-
-
-def _best(rows: Sequence[Mapping], objective: str) -> dict:
-  """best.json: the surrogate's optimum beside the best of the other trials."""
-  surrogate = rows[-1]
-  observed = min(_feasible(rows[:-1]), key=lambda row: row['objective'])
-  chosen = 'surrogate_optimum'
-  if surrogate['objective'] is None or surrogate['objective'] > observed['objective']:
-    chosen = 'best_observed'
-  if surrogate['objective'] is not None:
-    gain = observed['objective'] - surrogate['objective']
-    error = standard_error(objective_named(objective), surrogate['scores'])
-    if gain <= error:
-      say(
-        f"the surrogate's optimum ({surrogate['objective']:.4f}) is not better than the best "
-        f'observed (trial {observed["trial"]}, {observed["objective"]:.4f}) by more than the '
-        f'standard error of one evaluation ({error:.4f}): {chosen} is taken'
+    The examples are the same in all trials, so that only what was not scored on all of them is
+    uncertain.
+    """
+    found = []
+    for row in rows:
+      errors = stderrs_of(row['scores'], self.tasks) * ('parts' in row)
+      found.append(
+        Observation(
+          point_of(row),
+          self.value(row, objective),
+          dict(zip(self.tasks, losses_of(row['scores'], self.tasks).tolist(), strict=True)),
+          dict(zip(self.tasks, errors.tolist(), strict=True)),
+          row.get('gradients'),
+        )
       )
-  taken = surrogate if chosen == 'surrogate_optimum' else observed
-  weights = taken['weights']
-  positive = {name: max(weight, 0.0) for name, weight in weights.items()}
-  total = sum(positive.values())
-  return {
-    'objective': objective,
-    'best_observed': observed,
-    'surrogate_optimum': surrogate,
-    'chosen': chosen,
-    'weights': weights,
-    'numbers': taken.get('numbers', {}),
-    # The base itself (all weights zero) is no mixture.
-    'ratios': {name: weight / total if total else 0.0 for name, weight in positive.items()},
-    'evaluations': len(rows),
-  }
+    return found
 
 
-def _line(name: str, row: Mapping, rows: Sequence[Mapping], last: int, left: float) -> str:
-  weights = ' '.join(f'{what} {value:.3f}' for what, value in _point(row).items())
-  value = 'infeasible' if row['objective'] is None else f'{row["objective"]:.4f}'
-  done = [other for other in rows if other['objective'] is not None]
-  best = min(done, key=lambda other: other['objective'], default=None)
-  so_far = f', best {best["objective"]:.4f} (trial {best["trial"]})' if best else ''
-  return (
-    f'study {name}: trial {row["trial"]}/{last} ({row["sampler"]}) {weights}: {value}{so_far}, '
-    f'{left:.0f} s left'
-  )
+def _problem(study: Study) -> str:
+  """What is wrong with the configuration, to go on after the study's name; '' if nothing is."""
+  config, k = study.config, len(study.parameters)
+  if not k:
+    return ' has no vectors to weigh: train or name at least one'
+  if config.sampler not in SAMPLERS:
+    return f': there is no sampler {config.sampler!r}: choose one of {", ".join(SAMPLERS)}'
+  if config.objective.kind == 'pareto' and config.sampler not in _MODELLING:
+    return (
+      f': {config.sampler} sees one number, and not the tasks of a front: choose the sampler '
+      f'{" or ".join(_MODELLING)}'
+    )
+  if config.trials < 3 and not config.reuse:
+    return (
+      f' has {config.trials} trials: it needs at least 3 (the uniform average, the base, and the '
+      'optimum of what was learnt)'
+    )
+  if config.trials < 1 or config.parts < 1:
+    return ': StudyConfig.trials and StudyConfig.parts are 1 or more'
+  if unknown := sorted(set(config.ranges) - set(study.parameters)):
+    return f' has a range for {unknown[0]!r}, which is none of {", ".join(study.parameters)}'
+  if config.density and not 0.0 < config.density[0] < config.density[1] <= 1.0:
+    return (
+      f': the density is searched between {config.density[0]} and {config.density[1]}, but needs '
+      '0 < lower < upper <= 1'
+    )
+  if config.density and DENSITY in study.names:
+    return f': no data set can be called {DENSITY!r} here'
+  if config.simplex and (config.density or len(study.names) != k or k < 2):
+    return ': a simplex is of the weights of two vectors or more, without groups or a density'
+  for name in study.names:
+    low, high = study.space[name]
+    if not low <= 0.0 < 1 / k <= high:
+      return (
+        f': the bounds [{low}, {high}] of {name} must hold 0 and 1/K = {1 / k:.3g}, the weights of '
+        'the base and of the uniform average'
+      )
+  if config.simplex and any(bounds != (0.0, 1.0) for bounds in study.space.values()):
+    return ': on a simplex all weights lie between 0 and 1: leave the bounds as they are'
+  return ''

@@ -9,7 +9,8 @@ where x are weights in units of the box's width, so that the base is the origin;
 directions curve alike, RQ is the rational quadratic kernel, of all length scales about l. Gradients
 are observed through the kernel's derivatives. The tasks share a, b, r, l and the noise, so that one
 factorisation serves them all, and a handful of trials is enough to fit them by marginal likelihood
-under log-normal priors; each task has a scale of its own, integrated out.
+under log-normal priors; each task has a scale of its own, integrated out. Only tasks with gradients
+and tasks without any (bits per byte and accuracy) are fitted apart.
 
 An objective is any function of the losses that JAX can trace. What is not known of the losses is
 carried through it by samples: a maximum or a penalty is then treated as what it is.
@@ -20,7 +21,7 @@ samples. Everything runs in float64.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +30,15 @@ from scipy.stats import qmc
 
 from optimer_jax.search.descent import descend
 
-# Medians and spreads of the log-normal priors of a, b, r, l (times the square root of K), noise.
-_MEDIAN = (0.3, 1.0, 0.03, 0.7, 0.01)
-_SPREAD = (1.0, 1.0, 1.5, 0.5, 2.0)
+# Medians and spreads of the log-normal priors of a, b, r, l (times the square root of K), and the
+# noise of values and of gradients.
+_MEDIAN = (0.3, 1.0, 0.03, 0.7, 0.01, 0.002)
+_SPREAD = (1.0, 1.0, 1.5, 0.5, 2.0, 2.0)
 _LENGTH_SPREAD = 0.3  # Of the directions' lengths, whose median is 1.
-_REACH = 4.0  # Hyperparameters stay within so many spreads of the median.
+_REACH = 3.0  # Hyperparameters stay within so many spreads of the median.
 _CONSTANT = 10.0  # c: about the mean of the values, which is subtracted, little is known.
 _SHAPE = 2.0  # Of the rational quadratic: the smaller, the more length scales are mixed.
-_GRADIENT_NOISE = 1e-3
+_JITTER = 1e-8  # Of variances, where rounding would make them negative.
 _FREEDOM = 4.0  # Of the prior of the scales, in observations.
 _FIT_STEPS, _SEARCH_STEPS = 40, 30
 _SAMPLES, _STARTS, _SCAN = 64, 12, 512
@@ -44,33 +46,48 @@ _SAMPLES, _STARTS, _SCAN = 64, 12, 512
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Surrogate:
-  """What `fit` found; of no use to look into but for `noise`.
+class Process:
+  """What `fit` found of some of the tasks, J of them.
 
   Attributes:
     points: [n, K], in units of the box's width.
     present: [N], 1 for an observation and 0 for padding.
     weights: [N, J], the covariance's inverse times the centred observations.
-    inverse: [N, N], the covariance's inverse, in units of `scale` squared.
+    whitener: [N, N], the inverse of the covariance's triangular factor, in units of 1 / `scale`.
     centre, scale: [J], of the tasks' losses.
-    hyper: [5 + K], logarithms of a, b, r, l, noise and the directions' lengths.
+    hyper: [6 + K], logarithms of a, b, r, l, both noises and the directions' lengths.
     lower, upper: [K], the box.
   """
 
   points: jax.Array
   present: jax.Array
   weights: jax.Array
-  inverse: jax.Array
+  whitener: jax.Array
   centre: jax.Array
   scale: jax.Array
   hyper: jax.Array
   lower: jax.Array
   upper: jax.Array
 
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Surrogate:
+  """What `fit` found.
+
+  Attributes:
+    processes: of the tasks with gradients and of those without.
+    order: int [J], where the tasks are when those of the processes stand in a row.
+  """
+
+  processes: tuple[Process, ...]
+  order: jax.Array
+
   @property
-  def noise(self) -> jax.Array:
+  def noise(self) -> np.ndarray:
     """[J], standard deviation of a value about the smooth surface."""
-    return self.scale * jnp.exp(self.hyper[4])
+    found = [each.scale * jnp.exp(each.hyper[4]) for each in self.processes]
+    return np.concatenate(found)[self.order]
 
 
 def _x64(function):
@@ -92,7 +109,7 @@ def fit(
   upper: np.ndarray,
   stderrs: np.ndarray | None = None,
   gradients: np.ndarray | None = None,
-  hyper: np.ndarray | None = None,
+  hyper: Sequence[np.ndarray] | None = None,
 ) -> Surrogate:
   """Fits the model.
 
@@ -102,29 +119,51 @@ def fit(
     points: [n, K], merge weights.
     values: [n, J], finite losses.
     lower, upper: [K], the box that is searched.
-    stderrs: [n, J], how noisy the values are relative to one another; the noise itself is fitted.
-      None if all are alike.
-    gradients: [n, J, K], dL_j/dw_k, NaN for a trial without them; None if no trial has any.
-    hyper: [5 + K], the logarithms of another fit's hyperparameters, to be kept.
+    stderrs: [n, J], by how much more than the noise that all values have, which is fitted, each is
+      uncertain; None if none is.
+    gradients: [n, J, K], dL_j/dw_k, NaN where there are none; None if nowhere is one.
+    hyper: of each process, [6 + K], the logarithms of another fit's hyperparameters, to be kept.
   """
   points, values = np.asarray(points, float), np.asarray(values, float)
   lower, upper = np.asarray(lower, float), np.asarray(upper, float)
+  slopes = np.full((*values.shape, points.shape[1]), np.nan)
+  if gradients is not None:
+    slopes = np.asarray(gradients, float)
+  sloped = np.isfinite(slopes).all(axis=2).any(axis=0)
+  groups = [tasks for tasks in (np.flatnonzero(sloped), np.flatnonzero(~sloped)) if len(tasks)]
+  processes = []
+  for i, tasks in enumerate(groups):
+    processes.append(
+      _fit(
+        points,
+        values[:, tasks],
+        lower,
+        upper,
+        None if stderrs is None else np.asarray(stderrs, float)[:, tasks],
+        slopes[:, tasks] if sloped[tasks[0]] else None,
+        None if hyper is None else hyper[i],
+      )
+    )
+  return Surrogate(tuple(processes), jnp.asarray(np.argsort(np.concatenate(groups))))
+
+
+def _fit(points, values, lower, upper, stderrs, gradients, hyper) -> Process:
   n, k = points.shape
   padded = max(8, 1 << (n - 1).bit_length())
   known = np.zeros((padded, 1 + k * (gradients is not None)))
   known[:n, 0] = 1.0
-  noise = np.ones(padded)
-  if stderrs is not None:
-    relative = np.asarray(stderrs, float) / np.median(stderrs, axis=0)
-    noise[:n] = np.mean(relative**2, axis=1)
   x = _pad(points / (upper - lower), padded)
   y = _pad(values, padded)[:, None]  # [n, 1 + K, J], as the observations of one trial belong.
   if gradients is not None:
-    slopes = np.moveaxis(np.asarray(gradients, float), 1, 2) * (upper - lower)[:, None]
+    slopes = np.moveaxis(gradients, 1, 2) * (upper - lower)[:, None]
     there = np.isfinite(slopes).all(axis=(1, 2))
     known[:n, 1:] = there[:, None]
     slopes = np.where(there[:, None, None], slopes, 0.0)
     y = np.concatenate([y, _pad(slopes, padded)], axis=1)
+  noise = np.zeros(padded)
+  if stderrs is not None:
+    *_, prior = _centred(x, known, y)
+    noise[:n] = np.mean(stderrs**2, axis=1) / np.asarray(prior)
   data = (jnp.asarray(x), jnp.asarray(known), jnp.asarray(y), jnp.asarray(noise))
   hyper = _fit_hyper(*data) if hyper is None else jnp.asarray(hyper)
   return _condition(*data, hyper, jnp.asarray(lower), jnp.asarray(upper))
@@ -153,22 +192,27 @@ def minimise(
   objective: Callable[[jax.Array], jax.Array],
   explore: float = 0.0,
   seed: int = 0,
+  simplex: bool = False,
 ) -> tuple[np.ndarray, float, float]:
   """The best weights in the box, as the model sees them.
 
   Args:
     surrogate: of the tasks' losses.
-    objective: losses [J] -> scalar, to be minimised; traced by JAX.
+    objective: losses [J] -> scalar, to be minimised; traced by JAX. A function, or a dataclass that
+      is a pytree: other numbers in it are then no other program.
     explore: how many standard deviations of the objective to subtract from its mean: 0 for the
       optimum, more for where to look next.
     seed: of the samples and starting points.
+    simplex: of the box, only weights that sum to 1; it has no numbers below 0.
 
   Returns:
     The weights [K], the objective's mean there and its standard deviation.
   """
-  k, j = surrogate.points.shape[1], len(surrogate.scale)
+  k, j = surrogate.processes[0].points.shape[1], len(surrogate.order)
   draws, scan = _draws(j, seed), _scan(k, seed)
-  x, mean, deviation = _minimise(objective, surrogate, explore, draws, scan)
+  if not dataclasses.is_dataclass(objective):
+    objective = jax.tree_util.Partial(objective)
+  x, mean, deviation = _minimise(simplex, objective, surrogate, explore, draws, scan)
   return np.asarray(x), float(mean), float(deviation)
 
 
@@ -194,7 +238,7 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
 def _kernel(hyper, x, y):
   a, b, r, l = jnp.exp(hyper[:4])
   l = l * np.sqrt(len(x))
-  lengths = jnp.exp(hyper[5:])
+  lengths = jnp.exp(hyper[6:])
   x, y = x * lengths, y * lengths
   dot, away = x @ y, x - y
   bowl = b * (x @ x) * (y @ y) / 4
@@ -220,10 +264,10 @@ def _covariance(hyper, x, known, noise):
     rows = jnp.concatenate([rows, slopes], axis=1)
   flat = known.reshape(-1)
   matrix = rows.reshape(n * width, n * width) * flat * flat[:, None]
-  of_value = jnp.exp(2 * hyper[4]) * noise[:, None]
-  of_slope = jnp.full((n, width - 1), _GRADIENT_NOISE**2)
+  of_value = jnp.exp(2 * hyper[4]) + noise[:, None]
+  of_slope = jnp.full((n, width - 1), jnp.exp(2 * hyper[5]))
   diagonal = jnp.concatenate([of_value, of_slope], axis=1).reshape(-1)
-  return matrix + jnp.diag(jnp.where(flat > 0, diagonal + 1e-9, 1.0))
+  return matrix + jnp.diag(jnp.where(flat > 0, diagonal + _JITTER, 1.0))
 
 
 def _centred(x, known, y):
@@ -267,23 +311,29 @@ def _fit_hyper(x, known, y, noise):
 
 
 @jax.jit
-def _condition(x, known, y, noise, hyper, lower, upper):
+def _condition(x, known, y, noise, hyper, lower, upper) -> Process:
   flat, count, centre, prior = _centred(x, known, y)
   factor = _factor(hyper, x, known, noise)
-  inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(len(factor)))
-  weights = jax.scipy.linalg.cho_solve((factor, True), flat)
+  whitener = jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(factor)), lower=True)
+  weights = whitener.T @ (whitener @ flat)
   scale = jnp.sqrt((_FREEDOM * prior + (flat * weights).sum(0)) / (_FREEDOM + count))
-  return Surrogate(x, known.reshape(-1), weights, inverse, centre, scale, hyper, lower, upper)
+  return Process(x, known.reshape(-1), weights, whitener, centre, scale, hyper, lower, upper)
 
 
 def _predict(surrogate, w):
-  x = w / (surrogate.upper - surrogate.lower)
-  n = len(surrogate.points)
-  width = len(surrogate.present) // n
-  against = _against(surrogate.hyper, x, surrogate.points, width).reshape(-1) * surrogate.present
-  mean = surrogate.centre + against @ surrogate.weights
-  variance = _kernel(surrogate.hyper, x, x) - against @ surrogate.inverse @ against
-  return mean, surrogate.scale * jnp.sqrt(jnp.maximum(variance, 1e-12))
+  found = [_predict_some(process, w) for process in surrogate.processes]
+  return tuple(jnp.concatenate(each)[surrogate.order] for each in zip(*found, strict=True))
+
+
+def _predict_some(process, w):
+  x = w / (process.upper - process.lower)
+  n = len(process.points)
+  width = len(process.present) // n
+  against = _against(process.hyper, x, process.points, width).reshape(-1) * process.present
+  mean = process.centre + against @ process.weights
+  explained = jnp.square(process.whitener @ against).sum()
+  variance = jnp.maximum(_kernel(process.hyper, x, x) - explained, _JITTER)
+  return mean, process.scale * jnp.sqrt(variance)
 
 
 _predict_all = jax.jit(jax.vmap(_predict, (None, 0)))
@@ -291,21 +341,28 @@ _predict_all = jax.jit(jax.vmap(_predict, (None, 0)))
 
 @jax.jit
 def _leave_one_out(surrogate):
-  n = len(surrogate.points)
-  width = len(surrogate.present) // n
-  blocks = surrogate.inverse.reshape(n, width, n, width)[jnp.arange(n), :, jnp.arange(n)]
-  weights = surrogate.weights.reshape(n, width, -1)
+  found = [_leave_out(process) for process in surrogate.processes]
+  return jnp.concatenate(found, axis=1)[:, surrogate.order]
+
+
+def _leave_out(process):
+  n = len(process.points)
+  width = len(process.present) // n
+  columns = process.whitener.reshape(n * width, n, width)
+  blocks = jnp.einsum('vna,vnb->nab', columns, columns)  # Of the covariance's inverse.
+  weights = process.weights.reshape(n, width, -1)
   covariance = jnp.linalg.inv(blocks)
   errors = jnp.einsum('nab,nbj->naj', covariance, weights)[:, 0]
-  return errors / (surrogate.scale * jnp.sqrt(covariance[:, 0, 0])[:, None])
+  return errors / (process.scale * jnp.sqrt(covariance[:, 0, 0])[:, None])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _minimise(objective, surrogate, explore, draws, scan):
-  lower, upper = surrogate.lower, surrogate.upper
+def _minimise(simplex, objective, surrogate, explore, draws, scan):
+  lower, upper = surrogate.processes[0].lower, surrogate.processes[0].upper
+  inside = (lambda w: (w + 1e-9) / (w + 1e-9).sum()) if simplex else (lambda w: w)
 
   def moments(w):
-    mean, deviation = _predict(surrogate, w)
+    mean, deviation = _predict(surrogate, inside(w))
     values = jax.vmap(objective)(mean + deviation * draws)
     return values.mean(), jnp.sqrt(values.var() + 1e-18)
 
@@ -315,10 +372,10 @@ def _minimise(objective, surrogate, explore, draws, scan):
 
   # From the trials and from everywhere: the better ones of both.
   width = upper - lower
-  tried = jnp.clip(surrogate.points * width, lower, upper)
+  tried = jnp.clip(surrogate.processes[0].points * width, lower, upper)
   candidates = jnp.concatenate([tried, lower + width * scan])
   scores = jax.lax.map(score, candidates, batch_size=128)
   starts = candidates[jnp.argsort(scores)[:_STARTS]]
   found, scores = descend(score, starts, lower, upper, _SEARCH_STEPS)
   best = found[jnp.argmin(scores)]
-  return best, *moments(best)
+  return inside(best), *moments(best)

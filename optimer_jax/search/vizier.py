@@ -3,7 +3,9 @@
 Vizier as it comes compiles two programs anew for every suggestion. Here it does not: one
 acquisition optimizer serves every designer of the same number of parameters (its static fields hash
 by identity), and the observations are padded so that the shapes stay the same through an ordinary
-study. Evaluations (75,000) and restarts (4) are Vizier's own.
+study. The GP's hyperparameters are fitted in one program too: Vizier's own way goes to SciPy and
+back some 400 times, and SciPy's many threads wait for one another where the cores are busy.
+Evaluations (75,000), restarts (4) and steps of the fit (50) are Vizier's own.
 
 The GP runs in float64 inside `jax.enable_x64`, which is part of the key of every compiled
 function: code outside keeps its precision and its compiled programs.
@@ -14,13 +16,16 @@ A suggestion depends on the study's seed and on the completed trials, and on not
 import dataclasses
 import datetime
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
 import sqlalchemy
+from jax.flatten_util import ravel_pytree
 from vizier import algorithms as vza
 from vizier import pythia
 from vizier._src.algorithms.designers import gp_bandit
@@ -32,6 +37,7 @@ from vizier.service import pyvizier as vz
 from vizier.utils import json_utils
 
 from optimer_jax.progress import say
+from optimer_jax.search.descent import descend
 
 # The bounds of each parameter: the merge weights by data set, and what else is searched.
 Space = Mapping[str, tuple[float, float]]
@@ -41,6 +47,7 @@ Observation = tuple[Mapping[str, float], float | None]
 _CLIENT = 'worker-0'  # A stable id: after a kill it gets its unfinished trial back.
 _UCB = 1.8  # Vizier's own weight of the standard deviation.
 _PADDING = 20
+_FIT_STEPS = 50
 _ABORTED = 10  # google.rpc.Code
 
 
@@ -59,7 +66,7 @@ class VizierSampler:
     observed: Sequence[Observation] = (),
   ):
     self._names, self._seed = list(space), seed
-    self._problem = _problem(space)
+    self._problem = problem_of(space)
     path = Path(path).absolute()
     existed = path.exists()
     try:
@@ -91,7 +98,7 @@ class VizierSampler:
       objective: to be minimised; None records the candidate as infeasible.
     """
     number = 1 + len(_observations(self._trials()))
-    done = _trial(number, point, objective)
+    done = trial_of(number, point, objective)
     for trial in self._trials():
       if trial.status == vz.TrialStatus.ACTIVE:
         client = self._study.get_trial(trial.id)
@@ -113,10 +120,9 @@ class VizierSampler:
     Raises:
       ValueError: the file holds a study of another search space.
     """
-    url = sqlalchemy.URL.create('sqlite', database=str(path))
+    self._servicer = open_service(path)
     before = jax.config.jax_enable_x64
     try:
-      self._servicer = vizier_service.VizierServicer(database_url=url)
       self._servicer.default_pythia_service = pythia_service.PythiaServicer(
         self._servicer,
         policy_factory=lambda problem, algorithm, supporter, name: _Policy(
@@ -124,8 +130,7 @@ class VizierSampler:
         ),
       )
     finally:
-      # The service switches float64 on for the whole process.
-      jax.config.update('jax_enable_x64', before)
+      jax.config.update('jax_enable_x64', before)  # The service switches it on for the process.
     config = vz.StudyConfig.from_problem(self._problem)
     config.algorithm = 'GAUSSIAN_PROCESS_BANDIT'
     # An explicit servicer, and not Vizier's global one, so that a process can hold several studies.
@@ -136,20 +141,84 @@ class VizierSampler:
     if study.study_spec != config.to_proto():  # Vizier itself would ignore ours in silence.
       raise ValueError(f'{path} holds a study of another search space')
     self._study = clients.Study(vizier_client.VizierClient(study.name, _CLIENT, self._servicer))
-    self._end_operations(study.name)
+    end_operations(self._servicer, study.name)
 
-  def _end_operations(self, study_name: str) -> None:
-    """Ends what a process killed inside `suggest` left open: its client would wait for ever."""
-    store = self._servicer.datastore
+
+def open_service(path: Path) -> vizier_service.VizierServicer:
+  """Vizier's service on the SQLite file `path`."""
+  before = jax.config.jax_enable_x64
+  try:
+    return vizier_service.VizierServicer(
+      database_url=sqlalchemy.URL.create('sqlite', database=str(path))
+    )
+  finally:
+    jax.config.update('jax_enable_x64', before)  # The service switches it on for the process.
+
+
+def end_operations(service: vizier_service.VizierServicer, study_name: str) -> None:
+  """Ends what a process killed inside `suggest` left open: its client would wait for ever."""
+  store = service.datastore
+  table = store._suggestion_operations_table
+  with store._lock:
+    clients_seen = store._connection.execute(sqlalchemy.select(table.c.client_id).distinct()).all()
+  for (client,) in clients_seen:
     try:
-      left = store.list_suggestion_operations(study_name, _CLIENT, lambda op: not op.done)
-    except custom_errors.NotFoundError:
-      return
+      left = store.list_suggestion_operations(study_name, client, lambda op: not op.done)
+    except custom_errors.NotFoundError:  # The client of another study.
+      continue
     for operation in left:
       operation.error.code = _ABORTED
       operation.error.message = 'the process was killed'
       operation.done = True
       store.update_suggestion_operation(operation)
+
+
+def suggestion(
+  space: Space,
+  seed: int,
+  observed: Sequence[Observation],
+  pending: Sequence[Mapping[str, float]] = (),
+) -> dict[str, float]:
+  """The next candidate while others are being evaluated; without any, what the sampler suggests.
+
+  A pending candidate is taken to have been observed as predicted: that leaves the GP's mean and
+  takes away its uncertainty there (GP-BUCB, Desautels, Krause and Burdick 2014). None is suggested
+  again.
+  """
+  problem, known = problem_of(space), list(observed)
+  with jax.enable_x64(True):
+    if pending:
+      known += zip(pending, _predicted(problem, seed, observed, pending), strict=True)
+    (found,) = _designer(problem, seed, known, ucb=_UCB).suggest(1)
+    read = lambda: {name: found.parameters.get_value(name) for name in space}
+    while any(_same(point := read(), other) for other in pending):
+      known.append((point, None))
+      blank = [(point, None) for point, _ in known]  # Nothing to learn from: quasi-random.
+      (found,) = _designer(problem, seed, blank, ucb=_UCB).suggest(1)
+  return read()
+
+
+def _same(point: Mapping[str, float], other: Mapping[str, float]) -> bool:
+  return all(math.isclose(x, other[name], abs_tol=1e-9) for name, x in point.items())
+
+
+def _predicted(problem, seed, observed, pending) -> list[float | None]:
+  """The posterior median of the objective at each pending point; None while there is no GP."""
+  if len({y for _, y in observed if y is not None}) < 2:
+    return [None] * len(pending)
+  designer = _designer(problem, seed, observed, ucb=_UCB)
+  gp = designer._update_gp(designer._trials_to_data(designer._trials))
+  trials = [trial_of(number, point, None) for number, point in enumerate(pending, 1)]
+  means = _means(gp, designer._converter.to_features(trials))[: len(pending)]
+  return (-designer._output_warper.unwarp(np.asarray(means)[:, None])[:, 0]).tolist()
+
+
+@equinox.filter_jit
+def _means(gp, features):
+  filled = types.ModelInput(
+    features.continuous.replace_fill_value(0.0), features.categorical.replace_fill_value(0)
+  )
+  return gp.predict_with_aux(filled)[0].mean()
 
 
 def surrogate_optimum(
@@ -169,7 +238,7 @@ def surrogate_optimum(
   if len({y for y, _ in finite}) < 2:  # A GP learns nothing from one value.
     return dict(finite[0][1]), finite[0][0]
   with jax.enable_x64(True):
-    designer = _designer(_problem(space), seed, observed, ucb=0.0)
+    designer = _designer(problem_of(space), seed, observed, ucb=0.0)
     (best,) = designer.suggest(1)
     # With a weight of zero the acquisition is the posterior mean itself, warped and negated.
     found = json.loads(
@@ -193,7 +262,7 @@ class _Policy:
     return pythia.SuggestDecision(designer.suggest(request.count), metadata=vz.MetadataDelta())
 
 
-def _problem(space: Space) -> vz.ProblemStatement:
+def problem_of(space: Space) -> vz.ProblemStatement:
   """Floats sorted by name: the order of `space` must not change a suggestion."""
   problem = vz.ProblemStatement()
   for name in sorted(space):
@@ -222,12 +291,13 @@ def _designer(
     num_seed_trials=1 if learnable else len(observed) + 1,
     padding_schedule=_Padding(),
     acquisition_optimizer_factory=_acquisition_optimizer,
+    ard_optimizer=_fit,
     scoring_function_factory=acquisitions.bayesian_scoring_function_factory(
       lambda data: acquisitions.UCB(coefficient)
     ),
   )
   trials = [
-    _trial(number, point, worst if y is None else y)
+    trial_of(number, point, worst if y is None else y)
     for number, (point, y) in enumerate(observed, 1)
   ]
   designer.update(vza.CompletedTrials(trials), vza.ActiveTrials())
@@ -243,6 +313,31 @@ def _acquisition_optimizer(converter):
   if size not in _optimizers:
     _optimizers[size] = gp_bandit.default_acquisition_optimizer_factory(converter)
   return _optimizers[size]
+
+
+def _fit(initial, loss, rng, *, constraints, best_n):
+  """Vizier's `Optimizer` of hyperparameters, all of which are positive and bounded."""
+  first = jax.tree.map(lambda x: x[0], initial)
+  lower, upper = (
+    ravel_pytree(jax.tree.map(lambda bound, x: jnp.full(x.shape, bound, x.dtype), bounds, first))[0]
+    for bounds in constraints.bounds
+  )
+  return _fit_all(loss, initial, lower, upper, best_n), {}
+
+
+@equinox.filter_jit
+def _fit_all(loss, initial, lower, upper, best_n):
+  restore = ravel_pytree(jax.tree.map(lambda x: x[0], initial))[1]
+  lower, upper = jnp.log(lower), jnp.log(upper)
+  flat = jax.vmap(lambda params: ravel_pytree(params)[0])(initial)
+  found, losses = descend(
+    lambda logs: loss(restore(jnp.exp(logs)))[0],
+    jnp.clip(jnp.log(flat), lower, upper),
+    lower,
+    upper,
+    _FIT_STEPS,
+  )
+  return jax.vmap(restore)(jnp.exp(found[jnp.argsort(losses)[:best_n]]))
 
 
 class _Padding:
@@ -263,7 +358,7 @@ class _Padding:
   pad_labels = pad_features
 
 
-def _trial(number: int, point: Mapping[str, float], objective: float | None) -> vz.Trial:
+def trial_of(number: int, point: Mapping[str, float], objective: float | None) -> vz.Trial:
   # Vizier sorts by creation time: number the seconds, so that the clock has no part in it.
   created = datetime.datetime.fromtimestamp(number, datetime.UTC)
   trial = vz.Trial(id=number, parameters=dict(point), creation_time=created)
