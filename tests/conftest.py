@@ -1,6 +1,8 @@
 """What several test files need: a model small enough to compile in a second or two."""
 
+import inspect
 import os
+import pickle
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -50,3 +52,29 @@ def done(all_processes):
     if not run.path.exists():
       pipeline.pipeline(run)
   return run
+
+
+@pytest.fixture(scope='module')
+def figures() -> dict:
+  """What `drawn_once` has drawn, by the name of the drawing and its numbers."""
+  return {}
+
+
+@pytest.fixture
+def drawn_once(figures, monkeypatch):
+  """Figures of the same numbers are drawn once: they take most of the time of a page."""
+  from optimer_jax.report import plots, vector_plots
+
+  def once(draw):
+    def drawn(*args, **kwargs):
+      key = draw.__name__, pickle.dumps((args, kwargs))
+      if key not in figures:
+        figures[key] = draw(*args, **kwargs)
+      return figures[key]
+
+    return drawn
+
+  for module in (plots, vector_plots):
+    for name, draw in inspect.getmembers(module, inspect.isfunction):
+      if hasattr(draw, '__wrapped__'):  # `styled`
+        monkeypatch.setattr(module, name, once(draw))

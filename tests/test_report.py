@@ -192,7 +192,7 @@ UNSCORED = ('evaluations/comparisons.json', 'evaluations/test_looks.jsonl')  # t
 
 
 @pytest.mark.parametrize('seed', range(8))
-def test_partial_runs_name_what_is_missing(copy, seed):
+def test_partial_runs_name_what_is_missing(copy, drawn_once, seed):
   rng = np.random.default_rng(seed)
   gone = [name for name in FILES if rng.random() < (0.15, 0.5, 0.9)[seed % 3]]
   for name in gone:
@@ -232,7 +232,7 @@ JSONS = [name for name in FILES if name.endswith('.json')]
 
 
 @pytest.mark.parametrize('name', [*JSONS, 'vectors/trajectory.json'])
-def test_damaged_json_is_named(copy, name):
+def test_damaged_json_is_named(copy, drawn_once, name):
   file = copy / name
   for damage in (
     file.read_bytes()[: file.stat().st_size // 2],
@@ -264,7 +264,7 @@ def test_damaged_lines_are_counted(copy):
   assert looked(data) == (5, 5)
 
 
-def test_random_damage_never_stops_the_report(copy):
+def test_random_damage_never_stops_the_report(copy, drawn_once):
   rng = np.random.default_rng(7)
   names = [*FILES, 'vectors/trajectory.json']
   whole = {name: (copy / name).read_bytes() for name in names}

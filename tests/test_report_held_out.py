@@ -253,7 +253,7 @@ def test_how_often_test_was_looked_at(copy):
   assert 'evaluations/test_looks.jsonl' in words_of(held_out(read_run(copy)))
 
 
-def test_models_on_other_tasks_and_data(copy):
+def test_models_on_other_tasks_and_data(copy, drawn_once):
   """What is alike is compared, what is not is named, and neither hides the rest."""
   place = copy / 'evaluations'
   optimer = read_json(place / 'optimer.json')

@@ -82,7 +82,7 @@ FIGURES = {  # what each needs, beside the data sets' names
 }
 
 
-def test_geometry_of_an_older_version_is_drawn_as_far_as_it_goes(run):
+def test_geometry_of_an_older_version_is_drawn_as_far_as_it_goes(run, drawn_once):
   file = run / 'vectors' / 'geometry.json'
   whole = read_json(file)
   assert page(run) == ({*FIGURES, 'trajectory'}, page(run)[1]) and 'Not there' not in page(run)[1]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from optimer_jax.evaluation.scores import Score, joined
+from optimer_jax.evaluation.scores import Score, joined, places
 from optimer_jax.search.loop import run_study
 from optimer_jax.search.objectives import Objective
 from optimer_jax.search.study import Study, StudyConfig
@@ -36,8 +36,9 @@ class Evaluate:
       for task in TASKS
     }
     for done in range(1, PARTS + 1):
+      own = [places(EXAMPLES, (i, PARTS)) for i in range(done)]
       scores = {
-        task: joined([Score(s.values[i::PARTS], s.sizes[i::PARTS]) for i in range(done)], of=PARTS)
+        task: joined([Score(s.values[at], s.sizes[at]) for at in own], PARTS, EXAMPLES)
         for task, s in whole.items()
       }
       if done < PARTS and (stop or (lambda *_: False))(scores, done):

@@ -9,7 +9,7 @@ import numpy as np
 UNITS = ('bits/byte', 'accuracy')
 DRAWS = 10_000  # of signs, for the p value of a paired difference
 
-# (i, n): of N examples the i-th of n parts, those at the places i, i + n, i + 2n, … below N.
+# (i, n): of N examples in an order that N fixes the i-th of n parts, from the i-th on every n-th.
 Part = tuple[int, int]
 WHOLE: Part = (0, 1)
 
@@ -128,27 +128,36 @@ def compare(a: Mapping[str, Score], b: Mapping[str, Score]) -> dict:
 
 
 def places(count: int, part: Part) -> np.ndarray:
-  """The places int [n] of a part's examples among `count`; ValueError if there is no such part."""
+  """The places int [n] of a part's examples among `count`, rising.
+
+  ValueError if there is no such part.
+  """
   i, n = part
   if not 0 <= i < n <= max(count, 1):
     raise ValueError(f'there is no part {i} of {n} of {count} examples')
-  return np.arange(i, count, n)
+  return np.sort(_mixed(count)[i::n])
 
 
 def seen(count: int, m: int, n: int) -> np.ndarray:
   """bool [count]: which examples are in the first m of n parts."""
-  return np.arange(count) % n < m
+  found = np.zeros(count, bool)
+  for i in range(m):
+    found[places(count, (i, n))] = True
+  return found
 
 
-def joined(parts: Sequence[Score], of: int) -> Score:
-  """The score of the first parts of `of` as one, its examples in the task's own order.
+def _mixed(count: int) -> np.ndarray:
+  """The places in an order without pattern: texts of several sources may come in turns."""
+  return np.random.default_rng(0).permutation(count)
+
+
+def joined(parts: Sequence[Score], of: int, count: int) -> Score:
+  """The score of the first parts of `of` as one, its examples in the order of the task's `count`.
 
   Of all parts it is the score of the whole, but for the last bits (batches had other shapes) and
   for the tokens: what examples of several parts begin with was read in each.
   """
-  order = np.argsort(
-    np.concatenate([i + of * np.arange(len(part.values)) for i, part in enumerate(parts)])
-  )
+  order = np.argsort(np.concatenate([places(count, (i, of)) for i in range(len(parts))]))
   return Score(
     np.concatenate([part.values for part in parts])[order],
     np.concatenate([part.sizes for part in parts])[order],
@@ -164,8 +173,9 @@ def difference(partial: Score, rival: Score, m: int, n: int) -> tuple[float, flo
   The candidate was scored on the first m of n parts, the rival on all. Examples are paired: it is
   the sum of their differences over the sum of their sizes. The N examples are what is asked about,
   not a sample: the error is of the unseen ones alone, and 0 where m is n (Cochran 1977, Sampling
-  Techniques, theorem 2.5). It takes the seen ones for drawn at random, and is itself a rough guess
-  from a few: of examples that all differ by the same it is 0.
+  Techniques, theorem 2.5). It takes the seen ones for drawn at random: too small where examples of
+  a few sources take turns and n has a divisor in common with their number. From few examples it is
+  a rough guess, and 0 where all differ by the same.
 
   Args:
     partial: `joined` of the parts.
@@ -180,7 +190,11 @@ def difference(partial: Score, rival: Score, m: int, n: int) -> tuple[float, flo
   apart = _apart(f'{m} of {n} parts', partial, same)
   value = float(apart.sum() / partial.sizes.sum())
   unseen = 1 - mask.mean()
-  return value, _stderr(apart, partial.sizes) * math.sqrt(unseen) if unseen else 0.0
+  if rival.unit == 'accuracy':
+    stderr = _stderr(np.append(apart, [1, -1]), np.ones(len(apart) + 2))
+  else:
+    stderr = _stderr(apart, partial.sizes)
+  return value, stderr * math.sqrt(unseen) if unseen else 0.0
 
 
 def estimate(partial: Score, rival: Score, m: int, n: int) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from optimer_jax.gemma3.config import Gemma3Config
@@ -58,8 +59,13 @@ class Rope(NamedTuple):
 
 
 def rope(positions: jax.Array, head_dim: int, theta: float, scale: float = 1.0) -> Rope:
-  """Rotary angles of `positions` [B, T]; `scale` stretches the context linearly."""
-  frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim) / scale
+  """Rotary angles of `positions` [B, T]; `scale` stretches the context linearly.
+
+  Frequencies are rounded as transformers rounds them, the power first and then its inverse: at
+  position 400 the last bit of a frequency is 400 last bits of the angle.
+  """
+  power = theta ** (np.arange(0, head_dim, 2) / head_dim)
+  frequency = np.float32(1) / power.astype(np.float32) / np.float32(scale)
   angle = positions[:, :, None, None].astype(jnp.float32) * frequency
   return Rope(jnp.cos(angle), jnp.sin(angle))
 

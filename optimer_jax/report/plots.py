@@ -3,6 +3,7 @@
 Wherever a figure has error bars they are 2 standard errors long on either side.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -301,6 +302,31 @@ def weight_space(trials: list[dict], names: list[str]) -> Figure:
     )
     if len(order) == 1:
       break
+  return figure
+
+
+@styled
+def front(
+  observed: list[dict[str, float]], predicted: list[dict[str, float]], tasks: list[str]
+) -> Figure:
+  """A panel for each pair of tasks: the losses of trials on a front, and predicted ones between."""
+  pairs = [*itertools.combinations(tasks, 2)]
+  figure = Figure(figsize=(WIDTH, 2.9 if len(pairs) == 1 else 2.4))
+  panels = figure.subplots(1, len(pairs), squeeze=False)[0]
+  kinds = [
+    ('predicted', predicted, Look(MUTED, 'o', False)),
+    ('trials', observed, SAMPLERS['vizier']),
+  ]
+  for panel, (x, y) in zip(panels, pairs, strict=True):
+    for name, points, look in kinds:
+      points = sorted(points, key=lambda point: point[x])
+      line = '-' if name == 'predicted' and len(pairs) == 1 else 'none'
+      across, up = ([point[task] for point in points] for task in (x, y))
+      panel.plot(across, up, **{**look.kwargs(), 'linestyle': line, 'linewidth': 0.8}, label=name)
+    panel.set_xlabel(f'loss of {x}')
+    panel.set_ylabel(f'loss of {y}')
+    panel.grid()
+  figure.legend(*panels[0].get_legend_handles_labels(), loc='outside upper left', ncols=2)
   return figure
 
 

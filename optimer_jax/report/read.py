@@ -55,7 +55,14 @@ BEST = {
   'chosen': str,
   'objectives?': {...: Maybe},
   'best_observed?': {'objective': Number},
-  'surrogate_optimum?': {'objective': Number, 'predicted?': Number},
+  'surrogate_optimum?': {'objective': Maybe, 'predicted?': Number},
+  'first_answer?': {'trials': Count, 'predicted': Number},
+  'difference?': {'difference': Number, 'stderr': Number},
+  'front?': {
+    'tasks': [str],
+    'observed': [{'weights': {...: Number}, 'losses': {...: Number}}],
+    'predicted': [{'weights': {...: Number}, 'losses': {...: Number}}],
+  },
 }
 GEOMETRY = {
   'datasets': [str],
@@ -139,12 +146,14 @@ class Study:
   """One search: its trials in order (rows of the ledger) and its answer, {} before there is one.
 
   `examples` maps a trial's number to its development scores by example, where they were kept.
+  Where vectors have a weight for each group of parameters (`grouped`), weights are their means.
   """
 
   name: str
   trials: list[dict]
   best: dict
   examples: dict[int, dict]
+  grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,8 +256,11 @@ def read_run(path: Path) -> Run:
         f'studies/{folder.name}/trials.jsonl also holds {older} trials of another vector pool: '
         'left out here.'
       )
+    grouped = any(':' in name for row in [*current, best] for name in row.get('weights', ()))
+    for row in filter(None, [*current, best] if grouped else []):
+      row['weights'] = _by_vector(row['weights'])
     if current or best:
-      studies.append(Study(folder.name, current, best, examples))
+      studies.append(Study(folder.name, current, best, examples, grouped))
   geometry = one(path / 'vectors' / 'geometry.json', GEOMETRY, _square) or {}
   ways = path / 'vectors' / 'trajectory.json'
   trajectories = one(ways, {...: TRAJECTORY}, _in_step) or {}
@@ -452,6 +464,14 @@ def stages(costs: list[dict]) -> list[dict]:
       stage[key] += row.get(key) or 0
     stage['rss'] = max(stage['rss'], row.get('peak_rss_gb') or 0)
   return list(summed.values())
+
+
+def _by_vector(weights: dict[str, float]) -> dict[str, float]:
+  """Of 'vector:group', the mean of each vector's."""
+  found = {}
+  for name, weight in weights.items():
+    found.setdefault(name.partition(':')[0], []).append(weight)
+  return {vector: sum(each) / len(each) for vector, each in found.items()}
 
 
 def _union(*names) -> list[str]:

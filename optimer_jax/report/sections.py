@@ -70,8 +70,21 @@ def _weights(run: Run) -> Iterator:
   if row:
     text += f', {_objective(row["objective"], study)} on the development data'
     if row.get('predicted') is not None:
-      text += f' (predicted {number(row["predicted"])})'
+      text += f' (predicted {_expected(row["predicted"], row.get("predicted_stderr"))})'
+  if gap := best.get('difference'):
+    what = {'surrogate_optimum': 'it', 'best_observed': 'the optimum of the surrogate'}
+    apart = _expected(gap['difference'], gap['stderr'], sign='+')
+    text += f'; paired, {what[best["chosen"]]} is {apart} against the best trial observed'
   yield Text(text + '.')
+  if first := best.get('first_answer'):
+    yield Text(
+      f'Before the study evaluated anything, {count(first["trials"], "trial")} of other studies of '
+      f'these vectors predicted {_expected(first["predicted"], first.get("stderr"))}.'
+    )
+  if study.grouped:
+    yield Text(
+      'A vector has weights of its own for each group of parameters; shown are their means.'
+    )
   listed = ', '.join(
     f'{name} {number(value)} ({number(100 * ratios.get(name, 0), 1)}%)'
     for name, value in found.items()
@@ -91,6 +104,40 @@ def _weights(run: Run) -> Iterator:
       for name, value in found.items()
     ],
   )
+
+
+def _expected(value: float, error: float | None, sign: str = '') -> str:
+  said = f'{value:{sign}.4f}'
+  return said if error is None else f'{said} ± {error:.4f}'
+
+
+def _fronts(run: Run) -> Iterator:
+  """The front of a study that asked for one."""
+  for study in run.studies:
+    front = study.best.get('front')
+    if not front:
+      continue
+    shown, between = front['observed'], front['predicted']
+    yield Picture(
+      f'front-{study.name}',
+      plots.front([p['losses'] for p in shown], [p['losses'] for p in between], front['tasks']),
+      f'Study “{study.name}”: the trials that no other beats in every task, and what the model of '
+      'the losses says lies between them. Lower is better on both axes.',
+      f'Pareto front of {", ".join(front["tasks"])}: {count(len(shown), "trial")}.',
+    )
+    names = [*shown[0]['weights']]
+    yield Table(
+      'The trials on the front, with their weights and losses',
+      ['trial', *(f'w {name}' for name in names), *front['tasks']],
+      [
+        [
+          Cell(' '.join(filter(None, [str(point['trial']), point.get('study', '')]))),
+          *(Cell(number(point['weights'][name])) for name in names),
+          *(Cell(number(point['losses'][task])) for task in front['tasks']),
+        ]
+        for point in sorted(shown, key=lambda point: point['losses'][front['tasks'][0]])
+      ],
+    )
 
 
 def models(run: Run) -> list[plots.Model]:
@@ -263,6 +310,11 @@ def _difference(found: Measured | None, what: str) -> Cell:
 
 def _unit(study: Study) -> str:
   """What the study's objective is in."""
+  search = study.trials[0].get('search', {}) if study.trials else {}
+  if search.get('objective kind') == 'pareto':
+    return 'scaled to the front'
+  if (scale := search.get('objective scale', 'loss')) != 'loss':
+    return {'base': 'of the base', 'best': 'from best CPT model, 0, to base, 1'}[scale]
   return LOSSES[kind(score for trial in study.trials for score in trial['scores'].values())]
 
 
@@ -301,6 +353,7 @@ def _search(run: Run) -> Iterator:
       f'{number(study.trials[0]["objective"])} to {number(best["objective"])} '
       f'in {count(len(study.trials), "trial")}.',
     )
+  yield from _fronts(run)
   for study in run.studies:
     if study.trials and not study.best:
       yield missing(run, 'the answer of the search', 'search', f'studies/{study.name}/best.json')

@@ -42,7 +42,7 @@ def evaluation(
       for name, task in tasks.items():
         if i < parts[name]:
           seen[name].append(task.score(params, (i, parts[name])))
-      found = {name: joined(each, parts[name]) for name, each in seen.items()}
+      found = {name: joined(x, parts[name], tasks[name].count) for name, x in seen.items()}
       if i + 1 < config.parts and stop(found, i + 1):
         break
     return found, i + 1
