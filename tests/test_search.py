@@ -222,7 +222,7 @@ def test_one_process_a_study(tmp_path):
 @pytest.mark.parametrize(
   'config, words',
   [
-    ({'trials': 2, 'reuse': False}, 'at least 3'),
+    ({'trials': 2, 'reuse': ()}, 'at least 3'),
     ({'upper': 0.2}, 'must hold 0 and 1/K'),
     ({'lower': 0.1}, 'must hold 0 and 1/K'),
     ({'ranges': {'fr': (0, 1)}}, "'fr', which is none of ja"),

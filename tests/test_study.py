@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from optimer_jax.errors import UserError
 from optimer_jax.evaluation.scores import Score, joined, places
 from optimer_jax.search.loop import run_study
 from optimer_jax.search.objectives import Objective
@@ -122,8 +123,11 @@ def test_a_new_objective_begins_with_every_score_of_the_pool(tmp_path, capsys):
   run(tmp_path / 'worst', trials=2, **asked)
   assert ledger(tmp_path / 'worst') == rows
   # Other data, or a study that wants nothing of the others, begin anew.
-  for name, change in [('data', {'data': 'other'}), ('alone', {'reuse': False})]:
+  for name, change in [('data', {'data': 'other'}), ('alone', {'reuse': ()})]:
     assert run(tmp_path / name, trials=3, **asked, **change)['reused'] == 0
+  assert run(tmp_path / 'named', trials=1, reuse=('mean',), **asked)['reused'] == 12
+  with pytest.raises(UserError, match="no study 'maen' to begin with"):
+    run(tmp_path / 'none', trials=3, reuse=('maen',), **asked)
 
 
 def test_gradients_find_the_optimum_in_a_few_trials(tmp_path):

@@ -97,11 +97,18 @@ def begin_with(path: Path, rows: Sequence[Mapping], others: Sequence[Path], stud
     rows: of the study's own ledger.
     others: ledgers of other studies; what is of another pool, other weights, another way to merge
       or other data of this study's tasks is left out.
-    study: the `Study` that begins.
+    study: the `Study` that begins, which may name those that it wants.
+
+  Raises:
+    UserError: there is none of a name.
   """
   if path.exists() or rows:
     return read_jsonl(path)
-  found = {}
+  found, wanted = {}, study.config.reuse
+  if wanted is not None:
+    if unknown := sorted(set(wanted) - {other.parent.name for other in others}):
+      raise UserError(f'there is no study {unknown[0]!r} to begin with: see StudyConfig.reuse')
+    others = [other for other in others if other.parent.name in wanted]
   for other in sorted(others):
     for row in read_jsonl(other):
       alike = (

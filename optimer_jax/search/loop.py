@@ -47,8 +47,7 @@ def run_study(
   config, directory = study.config, Path(directory)
   with held(directory):
     rows = read_ledger(directory / 'trials.jsonl', study)
-    reused = others if config.reuse else ()
-    prior = begin_with(directory / 'prior.jsonl', rows, reused, study)
+    prior = begin_with(directory / 'prior.jsonl', rows, others, study)
     first = first_answer(study, prior)
     seeds = seeds_left(study, prior)
     kept = read_jsonl(directory / 'examples.jsonl')

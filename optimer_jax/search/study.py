@@ -34,7 +34,7 @@ class StudyConfig:
     groups: which parameters share a vector's merge weight; by default all.
     parts: a candidate is scored on this many parts of the examples, one after another, and given
       up once it cannot win any more; 1 always scores all.
-    reuse: begin with what the other studies of the pool have measured.
+    reuse: names of other studies of the pool, to begin with what they have measured; default: all.
     seed: of all random numbers.
   """
 
@@ -49,7 +49,7 @@ class StudyConfig:
   density: tuple[float, float] | None = None
   groups: Groups = dataclasses.field(default_factory=Groups)
   parts: int = 4
-  reuse: bool = True
+  reuse: tuple[str, ...] | None = None
   seed: int = 0
 
 
@@ -185,7 +185,7 @@ def _problem(study: Study) -> str:
       f': {config.sampler} sees one number, and not the tasks of a front: choose the sampler '
       f'{" or ".join(_MODELLING)}'
     )
-  if config.trials < 3 and not config.reuse:
+  if config.trials < 3 and config.reuse == ():
     return (
       f' has {config.trials} trials: it needs at least 3 (the uniform average, the base, and the '
       'optimum of what was learnt)'

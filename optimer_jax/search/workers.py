@@ -140,8 +140,7 @@ class _Desk:
     self._directory.mkdir(parents=True, exist_ok=True)
     with _locked(self._directory):
       rows = read_ledger(self._directory / 'trials.jsonl', self._study)
-      reused = others if self._study.config.reuse else ()
-      self._prior = begin_with(self._directory / 'prior.jsonl', rows, reused, self._study)
+      self._prior = begin_with(self._directory / 'prior.jsonl', rows, others, self._study)
     self._first = first_answer(self._study, self._prior)
     self._over = finished(self._study, rows)
     if not self._over:
