@@ -65,9 +65,11 @@ setup(
     'lm_eval': ['lm-eval==0.4.13'],
     'peers': ['cmaes', 'mergekit', 'optuna', 'torch==2.13.0'],
     'test': [
+      'cmaes',
       'filelock',
       'hypothesis',
       'lm-eval==0.4.13',
+      'optuna',
       'packaging',
       'peft',
       'pytest',
