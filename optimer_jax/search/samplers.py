@@ -37,6 +37,8 @@ from optimer_jax.search.vizier import Space, VizierSampler
 Point = dict[str, float]
 
 _EXPLORE = (1.0, 2.0, 4.0, 8.0)  # Standard deviations of the objective that a suggestion may gain.
+# Those that a recommendation is charged: the optimum of the mean alone may lie far from few trials.
+_CAUTION = 1.0
 _NEAR = 0.02  # Of the box's width: nearer than that to a trial, another teaches nothing.
 _MISTRUST = 3.0  # Root mean square of the standardised leave-one-out errors; 1 is as it should be.
 _LEVELS = 5  # Of the grid, in each direction.
@@ -102,7 +104,9 @@ def recommend(
   observed: Sequence[Observation],
   simplex: bool = False,
 ) -> Recommendation:
-  """The optimum as the trials have it; arguments as those of `make_sampler`.
+  """The optimum as the trials have it, at a distance from what they do not know.
+
+  Arguments are those of `make_sampler`.
 
   At least one trial must be feasible.
   """
@@ -112,7 +116,7 @@ def recommend(
     model = surrogate.fit(**data)
     misfit = _misfit(model, len(observed))
     if misfit < _MISTRUST:
-      x, predicted, stderr = surrogate.minimise(model, objective, seed=seed, simplex=simplex)
+      x, predicted, stderr = surrogate.minimise(model, objective, -_CAUTION, seed, simplex)
       losses = surrogate.predict(model, x[None])[0][0].tolist()
       by_task = dict(zip(tasks, losses, strict=True))
       return Recommendation(_named(names, x), predicted, stderr, misfit, by_task)

@@ -201,7 +201,7 @@ def minimise(
     objective: losses [J] -> scalar, to be minimised; traced by JAX. A function, or a dataclass that
       is a pytree: other numbers in it are then no other program.
     explore: how many standard deviations of the objective to subtract from its mean: 0 for the
-      optimum, more for where to look next.
+      optimum, more for where to look next, less than 0 for one that is safe.
     seed: of the samples and starting points.
     simplex: of the box, only weights that sum to 1; it has no numbers below 0.
 
