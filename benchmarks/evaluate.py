@@ -25,7 +25,6 @@ them the peer's. Needs the extras test and gemma270m and, without --texts, what 
 import argparse
 import bisect
 import itertools
-import json
 import os
 import re
 import statistics
@@ -45,6 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import print_found
 from benchmarks.parity import DOMAINS, REAL
 from optimer_jax.checkpoints.base import export, import_base, open_source, read_leaves
 from optimer_jax.data.datasets import Dataset, from_recipe, synthetic
@@ -400,25 +400,24 @@ def main(arguments: list[str]) -> int:
   parser.add_argument('--shots', type=int, default=4, metavar='K')
   parser.add_argument('--rounds', type=int, default=2, metavar='R')
   options = parser.parse_args(arguments)
-  try:
-    import torch
+  return print_found(lambda: measure(options))
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    count = options.examples + options.shots
-    if options.texts:
-      questions, tasks = given_texts(options.texts, count)
-    elif options.model == 'tiny':
-      questions, tasks = made_texts([synthetic(name) for name in LANGUAGES], count)
-    else:
-      questions, tasks = made_texts([from_recipe(name) for name in DOMAINS], count)
-    model, params, theirs, tokenizer = read_model(options.model)
-    work = prepare(tokenizer, questions, tasks, options.shots)
-    found = compare(model, params, theirs, tokenizer, work, options.rounds)
-  except UserError as error:
-    print(error, file=sys.stderr)
-    return 1
-  print(json.dumps(found))
-  return 0
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+  """Reads texts and model, prints the table, and returns the last line."""
+  import torch
+
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  count = options.examples + options.shots
+  if options.texts:
+    questions, tasks = given_texts(options.texts, count)
+  elif options.model == 'tiny':
+    questions, tasks = made_texts([synthetic(name) for name in LANGUAGES], count)
+  else:
+    questions, tasks = made_texts([from_recipe(name) for name in DOMAINS], count)
+  model, params, theirs, tokenizer = read_model(options.model)
+  work = prepare(tokenizer, questions, tasks, options.shots)
+  return compare(model, params, theirs, tokenizer, work, options.rounds)
 
 
 if __name__ == '__main__':

@@ -21,15 +21,14 @@ Prints tables and, as the last line, one JSON object.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 
 import numpy as np
 
+from benchmarks import print_found
 from optimer_jax import pipeline
 from optimer_jax.configs import read_run
-from optimer_jax.errors import UserError
 from optimer_jax.evaluation.scores import Score, compare
 from optimer_jax.files import read_jsonl
 from optimer_jax.merging.candidates import candidates
@@ -62,8 +61,8 @@ def studies(trials: int, seeds: int) -> dict[str, StudyConfig]:
 def limited(run: Run, first: Mapping) -> Objective:
   """All domains but the last, which keeps nine tenths of what the first study gained on it."""
   last = run.names[-1]
-  base = next(r for r in _rows(run, 'pool-vizier-0') if not any(r['weights'].values()))
-  (before,), (after,) = (losses_of(row['scores'], [last]) for row in (base, first[first['chosen']]))
+  rows = _base(run, 'pool-vizier-0'), _taken(first)
+  (before,), (after,) = (losses_of(row['scores'], [last]) for row in rows)
   return Objective(weights={last: 0.0}, limits={last: float(0.9 * (after - before) / before)})
 
 
@@ -118,32 +117,22 @@ def measure(run: Run, trials: int, seeds: int) -> dict:
     less = StudyConfig(f'pool-{name}-again', few, 'composite', objective, reuse=('pool-vizier-0',))
     full = search(run, whole)
     found = search(run, less)
-    aggregate, base = _objective(run, whole, full)
-    value = lambda best, at=aggregate: float(at(losses_of(_taken(best)['scores'], run.names)))
-    gain = base - value(full)
+    base = full['objectives'][str(_base(run, whole.name)['trial'])]
+    gain = base - _value(full)
     again[name] = {
       'evaluations': found['evaluations'],
       'full_evaluations': full['evaluations'],
-      'full': value(full),
-      'again': value(found),
-      'behind_share_of_gain': (value(found) - value(full)) / gain,
+      'full': _value(full),
+      'again': _value(found),
+      'behind_share_of_gain': (_value(found) - _value(full)) / gain,
       'first_answer': found['first_answer']['predicted'],
       'first_answer_stderr': found['first_answer']['stderr'],
     }
     print(
-      f'{name:12}{value(full):>9.4f}{value(found):>11.4f}{found["first_answer"]["predicted"]:>14.4f}'
+      f'{name:12}{_value(full):>9.4f}{_value(found):>11.4f}{found["first_answer"]["predicted"]:>14.4f}'
       f'{100 * again[name]["behind_share_of_gain"]:>11.2f}'
     )
   return {'samplers': samplers, 'objectives': again}
-
-
-def _objective(run: Run, config: StudyConfig, best: Mapping) -> tuple:
-  rows = _rows(run, config.name)
-  base = next(row for row in rows if not any(row['weights'].values()))
-  anchor = losses_of(base['scores'], run.names)[None]
-  losses = np.array([losses_of(row['scores'], run.names) for row in rows])
-  aggregate = config.objective.at(run.names, losses, anchor)
-  return aggregate, float(aggregate(anchor[0]))
 
 
 def _forwards(run: Run, config: StudyConfig) -> float:
@@ -157,8 +146,16 @@ def _rows(run: Run, study: str) -> list[dict]:
   return read_jsonl(run.path / 'studies' / study / 'trials.jsonl')
 
 
+def _base(run: Run, study: str) -> dict:
+  return next(row for row in _rows(run, study) if not any(row['weights'].values()))
+
+
 def _taken(best: Mapping) -> Mapping:
   return best[best['chosen']]
+
+
+def _value(best: Mapping) -> float:
+  return _taken(best)['objective']
 
 
 def _mean(scores: Mapping[str, Score]) -> float:
@@ -173,14 +170,8 @@ def main(arguments: list[str]) -> int:
   parser.add_argument('--trials', type=int, default=14, metavar='N')
   parser.add_argument('--seeds', type=int, default=3, metavar='S')
   options = parser.parse_args(arguments)
-  try:
-    run = read_run(options.gin_file, options.gin_bindings)
-    found = measure(run, options.trials, options.seeds)
-  except UserError as error:
-    print(error, file=sys.stderr)
-    return 1
-  print(json.dumps(found))
-  return 0
+  read = lambda: read_run(options.gin_file, options.gin_bindings)
+  return print_found(lambda: measure(read(), options.trials, options.seeds))
 
 
 if __name__ == '__main__':

@@ -270,13 +270,12 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
   with stage(run, f'merge/{name}'):
     pool = open_pool(run.path / 'base', paths)
     base = pool.manifests['base']
-    places = {group: i for i, group in enumerate(groups.names(base.model))}
-    plans = [
-      (merging.kind, merging.numbers([weights[each[i]] for each in names.values()]))
-      for i in places.values()
-    ]
+    plans = {
+      group: (merging.kind, merging.numbers([weights[each[i]] for each in names.values()]))
+      for i, group in enumerate(groups.names(base.model))
+    }
     rows = merge_streamed(
-      lambda leaf: plans[places[groups.of(leaf, base.model.num_layers)]],
+      lambda leaf: plans[groups.of(leaf, base.model.num_layers)],
       pool.base,
       [*pool.vectors.values()],
       dtypes={leaf: entry['dtype'] for leaf, entry in base.leaves.items()},

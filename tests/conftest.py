@@ -54,6 +54,21 @@ def done(all_processes):
   return run
 
 
+@pytest.fixture
+def compiled():
+  """The programs that XLA is asked for while the test runs, an entry for each."""
+  found = []
+  listen = lambda event, seconds, **_: found.append(event) if 'backend_compile' in event else None
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    jax.jit(lambda x: x + 1)(1.0)
+    assert found, 'compilations are not seen'
+    found.clear()
+    yield found
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope='module')
 def figures() -> dict:
   """What `drawn_once` has drawn, by the name of the drawing and its numbers."""

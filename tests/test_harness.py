@@ -240,9 +240,7 @@ def test_cut_prompts_are_counted(engine, params, tasks):
     assert sum(half.score(params).truncated for half in halves) == cut, task
 
 
-def test_a_second_candidate_compiles_nothing(engine, params, tasks):
-  import jax.monitoring
-
+def test_a_second_candidate_compiles_nothing(engine, params, tasks, compiled):
   other = jax.tree.map(lambda leaf: leaf * 1.01, params)
   prepared = [
     HarnessTask('x', task, metric, tasks).prepare(engine, 'dev')
@@ -250,16 +248,8 @@ def test_a_second_candidate_compiles_nothing(engine, params, tasks):
   ]
   parts = [(0, 1), (0, 2), (1, 2)]
   first = [each.score(params, part) for each in prepared for part in parts]
-  compiled = []
-  listen = lambda event, seconds, **_: compiled.append(event) if 'backend_compile' in event else 0
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    jax.jit(lambda x: x + 1)(np.ones(3))
-    assert compiled, 'compilations are not seen'
-    compiled.clear()
-    second = [each.score(other, part) for each in prepared for part in parts]
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
+  compiled.clear()
+  second = [each.score(other, part) for each in prepared for part in parts]
   assert not compiled
   assert not np.allclose(first[3].values, second[3].values)
   again = [each.score(params, part) for each in prepared for part in parts]

@@ -282,7 +282,7 @@ def test_the_surrogate_of_one_finite_score_is_that_score():
   assert (weights, predicted) == (dict.fromkeys(NAMES, 0.25), 1.7)
 
 
-def test_suggestions_neither_touch_nor_recompile_the_model(tmp_path):
+def test_suggestions_neither_touch_nor_recompile_the_model(tmp_path, compiled):
   traces = []
 
   @jax.jit
@@ -294,9 +294,6 @@ def test_suggestions_neither_touch_nor_recompile_the_model(tmp_path):
   expected = np.asarray(model(x))
   observed = [(dict.fromkeys(NAMES, v), surface(dict.fromkeys(NAMES, v))) for v in (0.25, 0.0)]
   sampler = VizierSampler(tmp_path / 'study.db', SPACE, 3, observed)
-  compiled = []
-  listen = lambda event, seconds, **_: 'backend_compile' in event and compiled.append(seconds)
-  jax.monitoring.register_event_duration_secs_listener(listen)
   for _ in range(3):
     compiled.clear()
     (weights,) = sampler.suggest(1)

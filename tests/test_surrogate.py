@@ -187,10 +187,7 @@ def test_uncertain_trials_count_less():
   assert off(weighed) < 0.3 * off(surrogate.fit(points, wrong, LOWER, UPPER))
 
 
-def test_the_same_data_give_the_same_point_and_no_new_program():
-  compiled = []
-  listen = lambda event, seconds, **_: 'backend_compile' in event and compiled.append(event)
-  jax.monitoring.register_event_duration_secs_listener(listen)
+def test_the_same_data_give_the_same_point_and_no_new_program(compiled):
   points = somewhere(8, seed=5)
   values, slopes = losses(points)
 

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from optimer_jax.evaluation.batching import SMALLEST, Batch, Continuation, Plan, plan
 from optimer_jax.gemma3 import Model, prefix_cache
 from optimer_jax.gemma3.transformer import Prefix, embed_logits, hidden
-from optimer_jax.merging.gradients import ALL, likelihood_slopes, weights_gradient
-from optimer_jax.merging.weighted_sum import Groups
+from optimer_jax.merging.gradients import likelihood_slopes, weights_gradient
+from optimer_jax.merging.weighted_sum import ALL, Groups
 from optimer_jax.parallel.sharding import batch_sharding, constrain
 
 __all__ = [

@@ -29,8 +29,7 @@ from optimer_jax.evaluation.scoring import (
   plan,
 )
 from optimer_jax.evaluation.splits import Splits, draw
-from optimer_jax.merging.gradients import ALL
-from optimer_jax.merging.weighted_sum import Groups
+from optimer_jax.merging.weighted_sum import ALL, Groups
 
 LETTERS = string.ascii_uppercase
 
@@ -84,7 +83,6 @@ class BitsPerByte:
       for tokens, length in zip(np.asarray(rows.tokens), lengths, strict=True)
     ]
     sizing = engine.context, engine.batch_tokens, engine.shards
-    backward = gradient_plan(engine.model, requests, *sizing)
     sizes = np.asarray(rows.bytes, np.float64)
 
     @functools.cache
@@ -100,12 +98,16 @@ class BitsPerByte:
       _, made = planned(part)
       return scored(log_likelihoods(engine.model, params, made, engine.mesh).nats, part)
 
+    @functools.cache
+    def backward() -> Plan:
+      return gradient_plan(engine.model, requests, *sizing)
+
     def gradient(
       params: dict, vectors: Sequence[dict], groups: Groups = ALL
     ) -> tuple[Score, np.ndarray]:
       factors = np.full(len(sizes), 1 / np.log(2) / sizes.sum())
       nats, found = likelihood_gradient(
-        engine.model, params, vectors, backward, factors, groups, engine.mesh
+        engine.model, params, vectors, backward(), factors, groups, engine.mesh
       )
       return scored(nats), found
 

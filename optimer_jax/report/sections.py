@@ -73,7 +73,7 @@ def _weights(run: Run) -> Iterator:
       text += f' (predicted {_expected(row["predicted"], row.get("predicted_stderr"))})'
   if gap := best.get('difference'):
     what = {'surrogate_optimum': 'it', 'best_observed': 'the optimum of the surrogate'}
-    apart = _expected(gap['difference'], gap['stderr'], sign='+')
+    apart = change(Measured(gap['difference'], gap['stderr']), 'mixed')
     text += f'; paired, {what[best["chosen"]]} is {apart} against the best trial observed'
   yield Text(text + '.')
   if first := best.get('first_answer'):
@@ -106,9 +106,8 @@ def _weights(run: Run) -> Iterator:
   )
 
 
-def _expected(value: float, error: float | None, sign: str = '') -> str:
-  said = f'{value:{sign}.4f}'
-  return said if error is None else f'{said} ± {error:.4f}'
+def _expected(value: float, error: float | None) -> str:
+  return number(value) if error is None else f'{number(value)} ± {number(error)}'
 
 
 def _fronts(run: Run) -> Iterator:

@@ -58,7 +58,13 @@ def first_answer(study: Study, prior: Sequence[Mapping]) -> dict | None:
     f'evaluated: {shown(found.point)}, predicted {found.predicted:.4f} {sure}; the best of them '
     f'has {best["objective"]:.4f} (trial {best["trial"]} of {best["study"]})'
   )
-  return {'trials': len(prior), 'weights': found.point, **_prediction(found)}
+  return {
+    'trials': len(prior),
+    'weights': found.point,
+    'predicted': found.predicted,
+    'stderr': found.stderr,
+    'misfit': found.misfit,
+  }
 
 
 def best_of(
@@ -176,10 +182,6 @@ def _front(study: Study, rows: Sequence[Mapping]) -> dict:
       if each.losses
     ],
   }
-
-
-def _prediction(found: Recommendation) -> dict:
-  return {'predicted': found.predicted, 'stderr': found.stderr, 'misfit': found.misfit}
 
 
 def shown(point: Mapping[str, float]) -> str:

@@ -33,6 +33,8 @@ def evaluation(
   config = study.config
   candidate = candidates(pool, merging, config.groups)
   parts = {name: min(config.parts, task.count) for name, task in tasks.items()}
+  # The names of the weights in the order of a gradient [G, K].
+  by_group = [name for group in zip(*study.parameters.values(), strict=True) for name in group]
   spent |= {'flops': 0.0, 'tokens': 0}
 
   def in_parts(params: dict, stop: Callable) -> tuple[dict[str, Score], int]:
@@ -56,10 +58,11 @@ def evaluation(
     elif gradients:
       scores = {}
       for name, task in tasks.items():
-        scores[name], found = _with_gradient(task, params, pool, config.groups)
-        if found is not None:
-          names = [x for group in zip(*study.parameters.values(), strict=True) for x in group]
-          slopes[name] = dict(zip(names, found.reshape(-1).tolist(), strict=True))
+        if not task.gradient:
+          scores[name] = task.score(params)
+          continue
+        scores[name], found = task.gradient(params, pool.vectors, config.groups)
+        slopes[name] = dict(zip(by_group, found.reshape(-1).tolist(), strict=True))
     else:
       scores = {name: task.score(params) for name, task in tasks.items()}
     per_token = pool.model.config.flops_per_token(length)
@@ -82,10 +85,3 @@ def evaluation(
     return result
 
   return evaluate
-
-
-def _with_gradient(task: Prepared, params: dict, pool: Pool, groups):
-  """The score and its gradient [G, K]; None where it has none."""
-  if task.gradient is None:
-    return task.score(params), None
-  return task.gradient(params, pool.vectors, groups)

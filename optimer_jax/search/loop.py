@@ -13,6 +13,7 @@ from optimer_jax.files import append_jsonl, read_jsonl, write_json
 from optimer_jax.progress import say
 from optimer_jax.search.answer import best_of, feasible, first_answer, recommended, shown
 from optimer_jax.search.ledger import append_trial, begin_with, make_row, point_of, read_ledger
+from optimer_jax.search.objectives import Aggregate
 from optimer_jax.search.racing import cannot_win, estimated, rival_of
 from optimer_jax.search.samplers import Sampler, make_sampler
 from optimer_jax.search.study import Study
@@ -92,7 +93,7 @@ def run_study(
       if sampler:
         sampler.observe(*study.observations([row], objective))
       left = (time.monotonic() - begun) / (number - before) * (last - number)
-      say(line(study, row, [*prior, *rows], last, left))
+      say(line(study, row, [*prior, *rows], objective, last, left))
     best = best_of(study, prior, rows, examples, first)
     write_json(directory / 'best.json', best)
   return best
@@ -152,10 +153,17 @@ def known_result(rows: Sequence[Mapping], point: Mapping[str, float]) -> dict | 
   return None
 
 
-def line(study: Study, row: Mapping, rows: Sequence[Mapping], last: int, left: float) -> str:
+def line(
+  study: Study,
+  row: Mapping,
+  rows: Sequence[Mapping],
+  objective: Aggregate | None,
+  last: int,
+  left: float,
+) -> str:
+  """What is said of a trial: its place, its objective, the best of `rows`, and seconds left."""
   said = f'study {study.config.name}: trial {row["trial"]}/{last} ({row["sampler"]}) '
   said += shown(point_of(row))
-  objective = study.objective(rows)
   if objective is not None:
     value = study.value(row, objective)
     said += ': infeasible' if value is None else f': {value:.4f}'

@@ -6,7 +6,6 @@ either one's score.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -19,11 +18,8 @@ from optimer_jax.search.study import Study
 _SURE = 0.999  # How sure it must be that the rival stays better.
 
 
-class Rival(NamedTuple):
-  """The best candidate so far: its trial, and its scores with those of each example."""
-
-  trial: int
-  scores: Mapping[str, Score]
+# The scores of the best candidate so far, with those of each example, by task.
+Rival = Mapping[str, Score]
 
 
 def rival_of(
@@ -40,7 +36,7 @@ def rival_of(
   if not there:
     return None
   row = min(there, key=lambda row: values[row['trial']])
-  return Rival(row['trial'], read_scores(row, examples[row['trial']]))
+  return read_scores(row, examples[row['trial']])
 
 
 def read_scores(row: Mapping, per_example: Mapping) -> dict[str, Score]:
@@ -68,13 +64,13 @@ def cannot_win(
     partial: the candidate's scores on the first `done` of the study's parts of the examples.
   """
   gaps = [
-    scores.difference(partial[task], rival.scores[task], *_parts(study, rival, task, done))
+    scores.difference(partial[task], rival[task], *_parts(study, rival, task, done))
     for task in study.tasks
   ]
   differences, stderrs = map(np.array, zip(*gaps, strict=True))
   if not np.isfinite(differences).all():
     return True
-  losses = np.array([rival.scores[task].loss for task in study.tasks])
+  losses = np.array([rival[task].loss for task in study.tasks])
   value, stderr = difference(objective, losses, differences, stderrs)
   seen = min(len(score.values) for score in partial.values())
   return value > scipy.stats.t.ppf(_SURE, max(seen - 1, 1)) * stderr
@@ -89,7 +85,7 @@ def estimated(study: Study, rival: Rival, result: Mapping) -> dict:
   for task, summary in result['scores'].items():
     partial = from_summary(summary, result['per_example'][task])
     value, stderr = scores.estimate(
-      partial, rival.scores[task], *_parts(study, rival, task, result['parts'])
+      partial, rival[task], *_parts(study, rival, task, result['parts'])
     )
     found[task] = {**summary, 'value': value, 'stderr': stderr}
   return {**result, 'scores': found}
@@ -97,5 +93,5 @@ def estimated(study: Study, rival: Rival, result: Mapping) -> dict:
 
 def _parts(study: Study, rival: Rival, task: str, done: int) -> tuple[int, int]:
   """How many parts of a task were scored, and how many there are: no more than examples."""
-  count = min(study.config.parts, len(rival.scores[task].values))
+  count = min(study.config.parts, len(rival[task].values))
   return min(done, count), count

@@ -153,6 +153,7 @@ class Composite:
     self._space, self._seed, self._tasks, self._path = space, seed, tasks, path
     self._objective, self._simplex = objective, simplex
     self._observed = list(observed)
+    self._asked = None  # Vizier, once it was
 
   def suggest(self, n):
     data, names = _data(self._space, self._tasks, self._observed), sorted(self._space)
@@ -161,7 +162,9 @@ class Composite:
       return [*map(simplexes.scaled, points)] if self._simplex else points
     model = surrogate.fit(**data)
     if _misfit(model, len(self._observed)) >= _MISTRUST:
-      return self._vizier().suggest(n)
+      if self._asked is None:
+        self._asked = self._vizier()
+      return self._asked.suggest(n)
     points = []
     while True:
       x = self._next(model, data)
@@ -181,6 +184,8 @@ class Composite:
 
   def observe(self, observation):
     self._observed.append(observation)
+    if self._asked is not None:
+      self._asked.observe(observation)
 
   def _vizier(self):
     make = functools.partial(OnSimplex, Vizier) if self._simplex else Vizier
@@ -384,7 +389,8 @@ _SCALAR: dict[str, Callable[..., Sampler]] = {
   'grid': lambda *args: Design(_grid, *args),
   'random': lambda *args: Design(_random, *args),
 }
-SAMPLERS = ('vizier', 'composite', 'gradient', *[name for name in _SCALAR if name != 'vizier'])
+MODELLING = ('composite', 'gradient')  # They see each task.
+SAMPLERS = ('vizier', *MODELLING, *[name for name in _SCALAR if name != 'vizier'])
 
 
 def make_sampler(
@@ -413,15 +419,20 @@ def make_sampler(
     UsageError: there is none of that name; the message gives the nearest.
     UserError: it needs a package that is not installed.
   """
+  check_name(name)
+  arguments = space, seed, tasks, objective, path, observed
+  if name in MODELLING:
+    return Composite(*arguments, simplex, wants_gradients=name == 'gradient')
+  return OnSimplex(_SCALAR[name], *arguments) if simplex else _SCALAR[name](*arguments)
+
+
+def check_name(name: str) -> None:
+  """UsageError if there is no sampler of that name; the message gives the nearest."""
   if name not in SAMPLERS:
     near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0)
     raise UsageError(
       f'there is no sampler {name!r}: did you mean {near[0]!r}? (known: {", ".join(SAMPLERS)})'
     )
-  arguments = space, seed, tasks, objective, path, observed
-  if name in ('composite', 'gradient'):
-    return Composite(*arguments, simplex, wants_gradients=name == 'gradient')
-  return OnSimplex(_SCALAR[name], *arguments) if simplex else _SCALAR[name](*arguments)
 
 
 def _peer(package: str):

@@ -10,10 +10,9 @@ from optimer_jax.errors import UsageError, UserError
 from optimer_jax.merging.weighted_sum import Groups
 from optimer_jax.search.ledger import point_of
 from optimer_jax.search.objectives import Aggregate, Objective, losses_of, stderrs_of
-from optimer_jax.search.samplers import SAMPLERS, Observation
+from optimer_jax.search.samplers import MODELLING, Observation, check_name
 
 DENSITY = 'density'  # the one parameter of a merge method that is searched with the weights
-_MODELLING = ('composite', 'gradient')  # Samplers that see each task.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +74,7 @@ class Study:
   method: str = ''
 
   def __post_init__(self):
+    check_name(self.config.sampler)
     self.config.objective.check([*self.tasks])
     if problem := _problem(self):
       raise UsageError(f'study {self.config.name}{problem}')
@@ -178,12 +178,10 @@ def _problem(study: Study) -> str:
   config, k = study.config, len(study.parameters)
   if not k:
     return ' has no vectors to weigh: train or name at least one'
-  if config.sampler not in SAMPLERS:
-    return f': there is no sampler {config.sampler!r}: choose one of {", ".join(SAMPLERS)}'
-  if config.objective.kind == 'pareto' and config.sampler not in _MODELLING:
+  if config.objective.kind == 'pareto' and config.sampler not in MODELLING:
     return (
       f': {config.sampler} sees one number, and not the tasks of a front: choose the sampler '
-      f'{" or ".join(_MODELLING)}'
+      f'{" or ".join(MODELLING)}'
     )
   if config.trials < 3 and config.reuse == ():
     return (

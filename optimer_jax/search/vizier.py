@@ -13,11 +13,12 @@ function: code outside keeps its precision and its compiled programs.
 A suggestion depends on the study's seed and on the completed trials, and on nothing else.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import equinox
@@ -121,16 +122,13 @@ class VizierSampler:
       ValueError: the file holds a study of another search space.
     """
     self._servicer = open_service(path)
-    before = jax.config.jax_enable_x64
-    try:
+    with _precision_kept():
       self._servicer.default_pythia_service = pythia_service.PythiaServicer(
         self._servicer,
         policy_factory=lambda problem, algorithm, supporter, name: _Policy(
           self._problem, self._seed, supporter
         ),
       )
-    finally:
-      jax.config.update('jax_enable_x64', before)  # The service switches it on for the process.
     config = vz.StudyConfig.from_problem(self._problem)
     config.algorithm = 'GAUSSIAN_PROCESS_BANDIT'
     # An explicit servicer, and not Vizier's global one, so that a process can hold several studies.
@@ -146,13 +144,20 @@ class VizierSampler:
 
 def open_service(path: Path) -> vizier_service.VizierServicer:
   """Vizier's service on the SQLite file `path`."""
-  before = jax.config.jax_enable_x64
-  try:
+  with _precision_kept():
     return vizier_service.VizierServicer(
       database_url=sqlalchemy.URL.create('sqlite', database=str(path))
     )
+
+
+@contextlib.contextmanager
+def _precision_kept() -> Iterator[None]:
+  """Vizier's services switch float64 on for the whole process."""
+  before = jax.config.jax_enable_x64
+  try:
+    yield
   finally:
-    jax.config.update('jax_enable_x64', before)  # The service switches it on for the process.
+    jax.config.update('jax_enable_x64', before)
 
 
 def end_operations(service: vizier_service.VizierServicer, study_name: str) -> None:

@@ -258,7 +258,8 @@ class _Desk:
     last = max(self._study.config.trials, row['trial'])
     done = len(rows) - len(self._prior)
     pace = (time.monotonic() - self._began) / max(done - (self._before or 0), 1)
-    say(f'{self._worker}: {line(self._study, row, rows, last, pace * max(last - done, 0))}')
+    left = pace * max(last - done, 0)
+    say(f'{self._worker}: {line(self._study, row, rows, objective, last, left)}')
 
   def _record(self) -> list[dict]:
     """Brings the ledger as far as the trials are complete without a gap; returns its rows."""
