@@ -130,6 +130,13 @@ def test_digest(directory, tmp_path):
   assert len({full.digest, *(other.digest for other in others)}) == 4
 
 
+def test_equally_rare_letters_are_always_the_same(tmp_path):
+  for name in ('first', 'second', 'third'):
+    write_tiny_tokenizer(tmp_path / name, ['zyxwvutsrqponmlkjihgfedcba'], 270)
+  first, second, third = (Tokenizer.load(tmp_path / name) for name in ('first', 'second', 'third'))
+  assert first.digest == second.digest == third.digest
+
+
 def test_bad_directories(directory, tmp_path):
   with pytest.raises(UserError, match=r'tokenizer\.json is missing'):
     Tokenizer.load(tmp_path)

@@ -7,8 +7,10 @@ runs of newlines, tabs and spaces are symbols of their own that no merge may cro
 ids: int32[N] of one document, without BOS. V: the vocabulary's size (after trimming, if any).
 """
 
+import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -239,11 +241,18 @@ def write_tiny_tokenizer(directory: Path | str, texts: Iterable[str], size: int)
       pre_tokenizers.Split('\n', 'isolated'),
     ]
   )
+  # Rarer characters are spelt in bytes: the pieces beyond them are what makes rows shorter. They
+  # are chosen here because the trainer's own choice among equally frequent ones is random.
+  texts = list(texts)
+  counts = collections.Counter(itertools.chain.from_iterable(texts))
+  counts[SPACE] += counts.pop(' ', 0)
+  by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
+  alphabet = by_frequency[: (size - len(reserved)) // 2]
   trainer = trainers.BpeTrainer(
     vocab_size=size,
     special_tokens=reserved,
-    # Rarer characters are spelt in bytes: the pieces beyond them are what makes rows shorter.
-    limit_alphabet=(size - len(reserved)) // 2,
+    initial_alphabet=alphabet,
+    limit_alphabet=len(alphabet),
     show_progress=False,
   )
   trainee.train_from_iterator(texts, trainer)
