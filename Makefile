@@ -28,10 +28,14 @@ quickstart: known-model .venv/.run
 known-model:
 	@$(if $(quickstart_$(MODEL)),:,$(error MODEL is 270m or tiny, not '$(MODEL)'))
 
+# Most of the tests' time is compilation: the same programs, without LLVM's slower passes, take half.
+quick_compiles := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+quick_compiles += --xla_cpu_use_fusion_emitters=false
+
 test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore=tests/long
+	XLA_FLAGS='$(quick_compiles)' $(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore=tests/long
 
 test-long: .venv/.test
 	$(BIN)/python -m pytest -q tests/long

@@ -5,10 +5,10 @@
 The vectors must be there (`optimer pipeline`, or `extract`). Every study has a name of its own
 in RUN/studies, keeps its ledger, and is not done again.
 
-Samplers: vizier and tpe have N trials, gradient as many as cost the same (a trial with gradients
-is counted as three forward evaluations; the last one has none). None reuses another's trials. Their
-answers are scored on the run's test split, which no study saw, and compared with that of vizier in
-pairs.
+Samplers: all have N trials but gradient, which has as many as cost the same (a trial with gradients
+is counted as three forward evaluations; the last one has none). None reuses another's trials or
+gives a candidate up before its end, so that costs are equal. Their answers are scored on the run's
+test split, which no study saw, and compared with that of vizier in pairs.
 
 Objectives: another one on the same pool, once with N trials of its own, and once with a quarter of
 them after the first study (vizier, seed 0). `worst` is the worst domain relative to the base;
@@ -39,7 +39,7 @@ from optimer_jax.search.objectives import Objective, losses_of
 from optimer_jax.search.study import StudyConfig
 from optimer_jax.vectors.pool import load_pool
 
-SAMPLERS = ('vizier', 'gradient', 'tpe')
+SAMPLERS = ('vizier', 'composite', 'gradient', 'tpe')
 
 
 def studies(trials: int, seeds: int) -> dict[str, StudyConfig]:
@@ -50,6 +50,7 @@ def studies(trials: int, seeds: int) -> dict[str, StudyConfig]:
       name=f'pool-{sampler}-{seed}',
       trials=few if sampler == 'gradient' else trials,
       sampler=sampler,
+      parts=1,
       reuse=(),
       seed=seed,
     )
@@ -167,7 +168,7 @@ def main(arguments: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m benchmarks.pool')
   parser.add_argument('--gin_file', action='append', required=True, metavar='FILE')
   parser.add_argument('--gin_bindings', action='append', default=[], metavar='NAME=VALUE')
-  parser.add_argument('--trials', type=int, default=14, metavar='N')
+  parser.add_argument('--trials', type=int, default=16, metavar='N')
   parser.add_argument('--seeds', type=int, default=3, metavar='S')
   options = parser.parse_args(arguments)
   read = lambda: read_run(options.gin_file, options.gin_bindings)

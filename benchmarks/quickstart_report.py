@@ -10,11 +10,12 @@ often test was scored. A run that is not finished is one sentence and exit 1.
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 from optimer_jax.errors import UserError
 from optimer_jax.report.held_out import gains, looked
-from optimer_jax.report.outcome import SCORES, count, level, mean
+from optimer_jax.report.outcome import SCORES, against_training, count, level, mean
 from optimer_jax.report.read import Measured, Run, answer, kinds, paired, read_run, stages
 
 
@@ -130,11 +131,13 @@ def main(arguments: list[str]) -> int:
     print('usage: python -m benchmarks.quickstart_report RUN', file=sys.stderr)
     return 2
   try:
-    found = summary(read_run(Path(arguments[0])))
+    run = read_run(Path(arguments[0]))
+    found = summary(run)
   except UserError as error:
     print(error, file=sys.stderr)
     return 1
   print(table(found))
+  print(textwrap.fill(against_training(run), 100), end='\n\n')
   print(json.dumps(found))
   return 0
 

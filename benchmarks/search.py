@@ -1,4 +1,4 @@
-"""The samplers on simulated surfaces: trials to within 1% of the best merge.
+"""The samplers on simulated and real pools: trials to within 1% of the best merge.
 
     python -m benchmarks.search [--quick] [--out FILE] [--minutes M]
 
@@ -9,9 +9,15 @@ the composite's model cannot represent: `cubic` adds 0.3 times a cube along a ra
 each loss, `saturating` passes the bowl through 1 - exp(-x), `ridge` adds the steep walls of a
 valley, `kink` has absolute values for squares. The objective is the tasks' mean or the worst one.
 
-A loss is observed with noise of 1% of what merging can gain: the objective at the base minus its
-minimum over the box [0, 1]^K. Gradients are exact, as automatic differentiation gives them. Every
-search begins with the uniform average and the base, which count as trials.
+A simulated loss is observed with noise of 1% of what merging can gain: the objective at the base
+minus its minimum over the box [0, 1]^K. Gradients are exact, as automatic differentiation gives
+them.
+
+Two pools stand beside the simulated ones where they have been trained: that of --live is merged and
+scored at every trial, on its development set as it is, and that of --ledger is what splines make of
+all its studies' trials. Their losses count in shares of the base's.
+
+Every search begins with the uniform average and the base, which count as trials.
 
 Regret is that of the recommendation after each trial, without noise, over what merging can gain.
 composite and gradient recommend the optimum of the tasks' model, vizier that of its own GP, tpe and
@@ -25,31 +31,33 @@ not run again: the whole takes hours, and may be stopped and started. --minutes 
 The tables and the last line are of the runs in the file. Differences are between the forward
 equivalents of one surface and seed, where a search that did not arrive counts as one trial more
 than it was given; their intervals are bootstrap intervals (95%) of the mean.
-
-`search` needs no more of a surface than `Surface` has: measured pools fit beside simulated ones.
 """
 
 import argparse
-import dataclasses
+import functools
+import itertools
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 
+from benchmarks.surfaces import OBJECTIVES, Surface, from_ledger, has_pool, live, simulate
+from optimer_jax.configs import read_run
+from optimer_jax.errors import UserError
 from optimer_jax.files import append_jsonl, read_jsonl
 from optimer_jax.search.samplers import Observation, make_sampler, recommend
 from optimer_jax.search.vizier import surrogate_optimum
 
 OUT = Path(__file__).parent / 'results' / 'search' / 'runs.jsonl'
-TRIALS, SEEDS, TARGET, NOISE = 40, 10, 0.01, 0.01
+TRIALS, SEEDS, TARGET = 40, 10, 0.01
 COST = {'gradient': 3}  # Forward evaluations a trial; 1 for the others.
-OBJECTIVES = {'mean': (jnp.mean, np.mean), 'worst': (jnp.max, np.max)}
+TRACED = {'mean': jnp.mean, 'worst': jnp.max}
 FITTED = ('vizier', 'tpe', 'random')  # Those whose trials the composite's model is fitted to also.
 SAMPLERS = ('gradient', 'composite', 'vizier', 'tpe', 'random')
 PAIRS = (
@@ -58,102 +66,23 @@ PAIRS = (
   ('vizier', 'tpe'),
   ('gradient', 'composite'),
 )
-CASES = [
+SIMULATED = [
   *[(k, objective, kind) for k in (4, 6, 10) for objective in OBJECTIVES for kind in ('', 'cubic')],
   *[(4, objective, kind) for objective in OBJECTIVES for kind in ('saturating', 'ridge', 'kink')],
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Surface:
-  """A pool as the search sees it.
-
-  Attributes:
-    losses: weights [K] -> the tasks' losses [J] without noise and their gradients [J, K].
-    best: the objective's minimum over the box.
-    gain: the objective at the base minus that.
-  """
-
-  k: int
-  losses: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-  best: float
-  gain: float
-
-
-def simulate(k: int, objective: str, kind: str, seed: int) -> Surface:
-  rng = np.random.default_rng([k, seed])
-  lowest = rng.uniform(-0.3, 0.3, (k, k))  # [J, K]
-  np.fill_diagonal(lowest, rng.uniform(0.4, 1.0, k))
-  vectors = rng.standard_normal((k, k, 2 * k))  # [J, K, .], as each task feels them
-  vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
-  lengths = np.exp(rng.uniform(np.log(0.3), np.log(3.0), k) / 2)
-  felt = np.exp(rng.uniform(np.log(0.1), 0.0, (k, k)) / 2)
-  np.fill_diagonal(felt, 1.0)
-  vectors *= (lengths * felt)[:, :, None]
-  bowls = np.einsum('jkv,jlv->jkl', vectors, vectors)
-  across = rng.standard_normal((k, k))
-  across /= np.linalg.norm(across, axis=1, keepdims=True)
-  steepness = np.sqrt(np.einsum('jkk->jk', bowls))
-
-  def shape(w):
-    x = w - lowest  # [J, K]
-    along = np.einsum('jk,jk->j', across, x)
-    slope = np.einsum('jkl,jl->jk', bowls, x)
-    value = np.einsum('jk,jk->j', x, slope) / 2
-    if kind == 'cubic':
-      return value + 0.3 * along**3, slope + 0.9 * along[:, None] ** 2 * across
-    if kind == 'saturating':
-      return 1 - np.exp(-value), np.exp(-value)[:, None] * slope
-    if kind == 'ridge':
-      walls = 0.1 * np.log(np.cosh(8 * along))
-      return value + walls, slope + 0.8 * np.tanh(8 * along)[:, None] * across
-    if kind == 'kink':
-      return (steepness * np.abs(x)).sum(1) / 2, steepness * np.sign(x) / 2
-    return value, slope
-
-  base = rng.uniform(1.9, 2.1, k) - shape(np.zeros(k))[0]
-
-  def losses(w):
-    value, slope = shape(np.asarray(w))
-    return base + value, slope
-
-  best = _minimum(losses, objective, k)
-  return Surface(k, losses, best, OBJECTIVES[objective][1](losses(np.zeros(k))[0]) - best)
-
-
-def _minimum(losses, objective, k):
-  """The least z over the box and z, with the mean of the losses, or each of them, below z."""
-  mean, rng = objective == 'mean', np.random.default_rng(0)
-  some = (lambda a: a.mean(0, keepdims=True)) if mean else (lambda a: a)
-  below = {
-    'type': 'ineq',
-    'fun': lambda x: x[-1] - some(losses(x[:-1])[0]),
-    'jac': lambda x: (lambda g: np.c_[-g, np.ones(len(g))])(some(losses(x[:-1])[1])),
-  }
-  best = np.inf
-  for _ in range(40):
-    w = rng.uniform(0, 1, k) * rng.uniform(0.1, 1)
-    found = scipy.optimize.minimize(
-      lambda x: x[-1],
-      np.append(w, some(losses(w)[0]).max()),
-      jac=lambda x: np.append(np.zeros(k), 1.0),
-      bounds=[(0, 1)] * k + [(None, None)],
-      constraints=below,
-      method='SLSQP',
-    )
-    best = min(best, some(losses(np.clip(found.x[:-1], 0, 1))[0]).max())
-  return float(best)
+MEASURED = {'live': live, 'ledger': from_ledger}
 
 
 def search(surface: Surface, objective: str, name: str, seed: int) -> dict:
   """One search: its regrets after each trial, by what recommends, and seconds a suggestion."""
-  traced, plain = OBJECTIVES[objective]
+  traced, plain = TRACED[objective], OBJECTIVES[objective]
   k, rng = surface.k, np.random.default_rng([seed, 1])
-  names, tasks = [f'd{i:02}' for i in range(k)], [f't{i:02}' for i in range(k)]
+  names = [f'd{i:02}' for i in range(k)]
+  tasks = [f't{i:02}' for i in range(len(surface.losses(np.zeros(k))))]
   space = dict.fromkeys(names, (0.0, 1.0))
   points, scalars, observed, seconds = [], [], [], []
   regrets = {column: [] for column in ([name, f'{name}+fit'] if name in FITTED else [name])}
-  regret = lambda w: float((plain(surface.losses(w)[0]) - surface.best) / surface.gain)
+  regret = lambda w: float((plain(surface.losses(w)) - surface.best) / surface.gain)
   with tempfile.TemporaryDirectory() as folder:
     sampler = make_sampler(name, space, seed, tasks, traced, Path(folder) / 'study.db')
     for trial in range(TRIALS):
@@ -164,13 +93,12 @@ def search(surface: Surface, objective: str, name: str, seed: int) -> dict:
         (point,) = sampler.suggest(1)
         seconds.append(time.perf_counter() - began)
       w = np.array([point[n] for n in names])
-      losses, slopes = surface.losses(w)
-      losses = losses + NOISE * surface.gain * rng.standard_normal(k)
+      losses = surface.losses(w) + surface.noise * rng.standard_normal(len(tasks))
       gradients = None
       if sampler.wants_gradients:
         gradients = {
           t: dict(zip(names, map(float, row), strict=True))
-          for t, row in zip(tasks, slopes, strict=True)
+          for t, row in zip(tasks, surface.gradients(w), strict=True)
         }
       points.append(w)
       scalars.append(float(plain(losses)))
@@ -195,8 +123,26 @@ def search(surface: Surface, objective: str, name: str, seed: int) -> dict:
   return {'regrets': regrets, 'seconds': seconds}
 
 
-def label(k: int, objective: str, kind: str) -> str:
-  return '_'.join(filter(None, [f'K{k}', objective, kind]))
+def cases(options: argparse.Namespace) -> dict[str, tuple[str, Callable[[int], Surface]]]:
+  """By the surface's name: its objective, and what makes it of a seed."""
+  if options.quick:
+    return {f'K4_{each}': (each, partial(simulate, 4, each, '')) for each in OBJECTIVES}
+  found = {
+    '_'.join(filter(None, [f'K{k}', objective, kind])): (
+      objective,
+      partial(simulate, k, objective, kind),
+    )
+    for k, objective, kind in SIMULATED
+  }
+  for name, make in MEASURED.items():
+    run = read_run([getattr(options, name)])
+    if not has_pool(run):
+      print(f'no surfaces {name}_*: {run.directory} has no vectors')
+      continue
+    for objective in OBJECTIVES:
+      made = functools.cache(partial(make, run, objective))  # one for all seeds
+      found[f'{name}_{objective}'] = objective, lambda seed, made=made: made()
+  return found
 
 
 def arrival(regrets: list[float]) -> int | None:
@@ -246,7 +192,7 @@ def report(runs: list[dict]) -> dict:
         continue
       change = [forwards(a, found[a][seed]) - forwards(b, found[b][seed]) for seed in both]
       paired.setdefault(surface, {})[f'{a}_minus_{b}'] = interval(change)
-      if surface.count('_') == 2:
+      if surface.startswith('K') and surface.count('_') == 2:
         for i, holds in enumerate([lambda x: x < 0, lambda x: x == 0, lambda x: x > 0]):
           wins[f'{a}_against_{b}'][i] += sum(map(holds, change))
   print('\nforward equivalents, mean difference of pairs [95% interval]')
@@ -275,31 +221,39 @@ def report(runs: list[dict]) -> dict:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--quick', action='store_true', help='K = 4, two surfaces, two seeds')
+  parser.add_argument('--live', default='runs/quickstart_tiny.gin', metavar='GIN_FILE')
+  parser.add_argument('--ledger', default='runs/quickstart.gin', metavar='GIN_FILE')
   parser.add_argument('--out', type=Path, default=OUT)
   parser.add_argument('--minutes', type=float, default=float('inf'))
-  args = parser.parse_args()
-  ends = time.monotonic() + 60 * args.minutes
-  cases, seeds = (CASES, SEEDS) if not args.quick else ([(4, 'mean', ''), (4, 'worst', '')], 2)
+  options = parser.parse_args()
+  ends = time.monotonic() + 60 * options.minutes
   with tempfile.TemporaryDirectory() as folder:
     # The quick run measures afresh.
-    out = Path(folder) / 'runs.jsonl' if args.quick else args.out
+    out = Path(folder) / 'runs.jsonl' if options.quick else options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     runs = read_jsonl(out)
     done = {(run['surface'], run['sampler'], run['seed']) for run in runs}
     # Seed after seed: a run that ends early has something of everything.
-    for seed in range(seeds):
-      for case in cases:
-        missing = [name for name in SAMPLERS if (label(*case), name, seed) not in done]
-        surface = simulate(*case, seed) if missing else None
-        for name in missing:
-          if time.monotonic() > ends:
-            continue
-          run = {'surface': label(*case), 'sampler': name, 'seed': seed}
-          run |= search(surface, case[1], name, seed)
-          append_jsonl(out, run)
-          runs.append(run)
-          arrivals = {column: arrival(x) for column, x in run['regrets'].items()}
-          print(run['surface'], name, seed, arrivals, flush=True)
+    known = cases(options)
+    for seed, (name, (objective, make)) in itertools.product(
+      range(2 if options.quick else SEEDS), known.items()
+    ):
+      missing = [each for each in SAMPLERS if (name, each, seed) not in done]
+      if not missing or time.monotonic() > ends:
+        continue
+      try:
+        surface = make(seed)
+      except UserError as error:
+        print(f'no surface {name}: {error}')
+        continue
+      for sampler in missing:
+        if time.monotonic() > ends:
+          break
+        run = {'surface': name, 'sampler': sampler, 'seed': seed}
+        run |= search(surface, objective, sampler, seed)
+        append_jsonl(out, run)
+        runs.append(run)
+        print(name, sampler, seed, {c: arrival(x) for c, x in run['regrets'].items()}, flush=True)
   print()
   print(json.dumps(report(runs)))
 

@@ -174,7 +174,8 @@ def extract_all(run: Run) -> None:
       old = store.read_manifest(path, 'vector')
       if made.items() <= old.facts.items() and old.parents['base'] == base_manifest.fingerprint:
         continue
-    with stage(run, f'extract/{name}'):
+    with stage(run, f'extract/{name}') as cost:
+      cost['flops'] = base_manifest.model.num_params
       extract(base, model, path, name, run.vector_dtype, run.cache_path)
   seen = vectors / 'geometry.json'
   if not seen.exists() or read_json(seen).get('vectors') != vector_fingerprints(run):
@@ -184,8 +185,10 @@ def extract_all(run: Run) -> None:
 def inspect(run: Run) -> dict:
   """What the vectors look like and how straight training was, into RUN/vectors: JSON and PNG."""
   directory = run.path / 'vectors'
-  with stage(run, 'inspect'):
+  with stage(run, 'inspect') as cost:
     pool = open_pool(run.path / 'base', run.vector_paths)
+    pairs, size = len(pool.vectors) * (len(pool.vectors) + 1) // 2, pool.manifests['base'].model
+    cost['flops'] = 2 * pairs * size.num_params
     found = geometry(pool.base, pool.vectors)
     ways = {name: _trajectory(run, name) for name in run.names}
     ways = {name: way for name, way in ways.items() if way}
@@ -267,9 +270,10 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
     old = store.read_manifest(path, 'merged').facts
     if all(old.get(key) == value for key, value in facts.items()):
       return path
-  with stage(run, f'merge/{name}'):
+  with stage(run, f'merge/{name}') as cost:
     pool = open_pool(run.path / 'base', paths)
     base = pool.manifests['base']
+    cost['flops'] = 2 * len(paths) * base.model.num_params  # of the sum, whatever the method
     plans = {
       group: (merging.kind, merging.numbers([weights[each[i]] for each in names.values()]))
       for i, group in enumerate(groups.names(base.model))

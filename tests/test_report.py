@@ -126,6 +126,15 @@ def test_numbers_are_the_artifacts(full, tree):
   text = ''.join(tree.itertext())
   assert f'{sum(row["seconds"] for row in costs):,.1f}' in text
   assert f'{sum(row["tokens"] for row in costs):,}' in text
+  training, search = (
+    sum(row['seconds'] for row in costs if row['stage'].startswith(kind))
+    for kind in ('train/', 'search/')
+  )
+  trials = len(read_jsonl(full / 'studies' / 'mean' / 'trials.jsonl'))
+  runs = {row['stage'] for row in costs if row['stage'].startswith('train/')}
+  tuning = training / len(runs) * trials
+  assert f'would take {tuning / search:.3g}' in text
+  assert f'and {tuning / (search + training):.3g}' in text
   norm = rows(tree, 'Norm of each')
   geometry = read_json(full / 'vectors' / 'geometry.json')
   assert {name: cells[0] for name, cells in norm.items()} == {

@@ -6,7 +6,7 @@ percentage and its changes in points, and the mean over tasks of both kinds as a
 
 import math
 
-from optimer_jax.report.read import Measured, Run, core, kind, kinds, losses, paired
+from optimer_jax.report.read import Measured, Run, core, kind, kinds, losses, paired, stages
 
 LOSSES = {'bits/byte': 'bits/byte', 'accuracy': '1 − accuracy', 'mixed': 'loss'}
 SCORES = {'bits/byte': 'bits per byte', 'accuracy': 'accuracy', 'mixed': 'scores'}
@@ -63,6 +63,30 @@ def reading(run: Run) -> str:
     'mixed': 'Lower bits per byte and higher accuracy are better. A mean over tasks of both kinds '
     'is of their losses (bits per byte; 1 − accuracy), and lower is better.',
   }[kind(score for each in run.evaluations.values() for score in each['scores'].values())]
+
+
+def against_training(run: Run) -> str:
+  """What the search cost, beside training and beside tuning the mixture by training; or ''."""
+  trials = sum(len(study.trials) for study in run.studies)
+  rows = stages(run.costs)
+  runs = [row for row in rows if row['stage'].startswith('train/')]
+  searches = [row for row in rows if row['stage'].startswith('search/')]
+  found = []
+  for key, show in (('seconds', '{:,.1f} s'.format), ('flops', '{:.2e} FLOPs'.format)):
+    search, training = (sum(row[key] for row in each) for each in (searches, runs))
+    if search and training:
+      tuning = training / len(runs) * trials
+      ratios = search / training, tuning / search, tuning / (search + training)
+      found.append((show(search), show(training), *map('{:.3g}'.format, ratios)))
+  if not trials or not found:
+    return ''
+  search, training, part, alone, whole = (' and '.join(each) for each in zip(*found, strict=True))
+  return (
+    f'The search scored {count(trials, "candidate")} in {search}: {part} times the '
+    f'{count(len(runs), "training run")} ({training}). Tuning the mixture by training on each of '
+    f'as many mixtures, as long as on a data set here, would take {alone} times the search, and '
+    f'{whole} times the search and its training runs together.'
+  ).replace('e+', 'e')
 
 
 def mean(run: Run, name: str) -> Measured | None:

@@ -10,6 +10,7 @@ from optimer_jax.report.outcome import (
   LOSSES,
   MEANS,
   SCORES,
+  against_training,
   chance,
   change,
   count,
@@ -419,26 +420,8 @@ def _costs(run: Run) -> Iterator:
   if not rows:
     yield missing(run, 'costs', 'pipeline', 'costs.jsonl')
     return
-  seconds, flops = (
-    {
-      kind: [row[key] for row in rows if row['stage'].split('/')[0] == kind]
-      for kind in ('train', 'search')
-    }
-    for key in ('seconds', 'flops')
-  )
-  if seconds['search'] and sum(seconds['train']):
-    text = (
-      f'The search took {sum(seconds["search"]):,.1f} s, '
-      f'{sum(seconds["search"]) / sum(seconds["train"]):.2f} times the wall time of the '
-      f'{count(len(seconds["train"]), "training run")} ({sum(seconds["train"]):,.1f} s)'
-    )
-    if sum(flops['train']) and sum(flops['search']):
-      text += (
-        f', and {scientific(sum(flops["search"]))} FLOPs, '
-        f'{sum(flops["search"]) / sum(flops["train"]):.2f} times theirs '
-        f'({scientific(sum(flops["train"]))})'
-      )
-    yield Text(text + '.')
+  if text := against_training(run):
+    yield Text(text)
   total = {key: sum(row[key] for row in rows) for key in ('seconds', 'flops', 'tokens', 'attempts')}
   peak = max(row['rss'] for row in rows)
   yield Picture(
