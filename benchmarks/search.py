@@ -1,6 +1,6 @@
 """The samplers on simulated and real pools: trials to within 1% of the best merge.
 
-    python -m benchmarks.search [--quick] [--out FILE] [--minutes M]
+    python -m benchmarks.search [--quick] [--samplers NAME …] [--out FILE] [--minutes M]
 
 A surface has K data sets and as many tasks. Task j's loss is a bowl in the weights: its curvature
 comes from K vectors of different lengths that are not quite orthogonal, and its lowest point has
@@ -27,7 +27,8 @@ regrets have been below 1%, or after 40 trials. A trial costs one forward evalua
 gradients three.
 
 Results are appended to --out, a line for each surface, sampler and seed, and what stands there is
-not run again: the whole takes hours, and may be stopped and started. --minutes ends it earlier.
+not run again: the whole takes hours, and may be stopped and started, and shared by two processes
+with other --samplers. --minutes ends it earlier.
 The tables and the last line are of the runs in the file. Differences are between the forward
 equivalents of one surface and seed, where a search that did not arrive counts as one trial more
 than it was given; their intervals are bootstrap intervals (95%) of the mean.
@@ -221,6 +222,7 @@ def report(runs: list[dict]) -> dict:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--quick', action='store_true', help='K = 4, two surfaces, two seeds')
+  parser.add_argument('--samplers', nargs='+', choices=SAMPLERS, default=SAMPLERS, metavar='NAME')
   parser.add_argument('--live', default='runs/quickstart_tiny.gin', metavar='GIN_FILE')
   parser.add_argument('--ledger', default='runs/quickstart.gin', metavar='GIN_FILE')
   parser.add_argument('--out', type=Path, default=OUT)
@@ -238,7 +240,7 @@ def main():
     for seed, (name, (objective, make)) in itertools.product(
       range(2 if options.quick else SEEDS), known.items()
     ):
-      missing = [each for each in SAMPLERS if (name, each, seed) not in done]
+      missing = [each for each in options.samplers if (name, each, seed) not in done]
       if not missing or time.monotonic() > ends:
         continue
       try:
