@@ -136,7 +136,7 @@ def cases(options: argparse.Namespace) -> dict[str, tuple[str, Callable[[int], S
     for k, objective, kind in SIMULATED
   }
   for name, make in MEASURED.items():
-    run = read_run([getattr(options, name)])
+    run = read_run([getattr(options, name)], [])
     if not has_pool(run):
       print(f'no surfaces {name}_*: {run.directory} has no vectors')
       continue
