@@ -68,6 +68,7 @@ setup(
       'cmaes',
       'filelock',
       'hypothesis',
+      "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
       'lm-eval==0.4.13',
       'optuna',
       'packaging',

@@ -71,6 +71,13 @@ file, scores one model of others, given with --model, in runs/MODEL. Writes RUN/
 each example's score, how often test was looked at; what was scored before is not scored again.
 --compare A B scores both and tests their difference in pairs. Costs one evaluation of the test data
 for each model.""",
+  'plan': """Whether a model fits TPU slices, and how fast it can be there at best; needs no TPU.
+
+Reads no run: the model is one of Gemma 3's sizes, and a gin file, if given, says mesh, batch,
+length, training settings and dtype. Compiles each stage for each slice with libtpu (the extra
+`tpu`) and prints HBM a chip and bounds from the chips' peaks, which no program exceeds and a real
+one does not reach. --find-smallest tries slice after slice, smallest first. Writes nothing. Costs
+seconds for small models and minutes for 27B, a stage and slice, and up to 3 GB of memory.""",
   'report': """Draws what the run directory holds as one HTML page.
 
 Writes RUN/report/index.html and the pictures beside it. Costs seconds.""",
@@ -152,6 +159,25 @@ def _parser() -> argparse.ArgumentParser:
     if verb == 'serve':
       sub.add_argument('--host', default='127.0.0.1', help='where to listen, as workers call it')
       sub.add_argument('--port', type=int, metavar='N', help='default: as before, or any')
+    if verb == 'plan':
+      sub.add_argument('--model', required=True, metavar='SIZE', help='as in 27b')
+      sub.add_argument(
+        '--topology',
+        action='append',
+        default=[],
+        metavar='SLICE',
+        help='as in v5e:16x16; repeats',
+      )
+      sub.add_argument(
+        '--stage', action='append', default=[], help='train, extract, merge, evaluate; default: all'
+      )
+      sub.add_argument('--batch', type=int, metavar='B', help='rows over the whole slice')
+      sub.add_argument('--length', type=int, metavar='T', help='tokens of a row')
+      sub.add_argument('--mesh', metavar='AXIS=N,…', help='as in fsdp=-1,tensor=4')
+      sub.add_argument('--vectors', type=int, metavar='K', help='of merge and evaluate')
+      sub.add_argument(
+        '--find-smallest', action='store_true', help='--topology is then a kind of chip, as in v5e'
+      )
     if verb in ('merge', 'export'):
       sub.add_argument('--name', default='optimer', help='of the merged model')
     if verb == 'export':
@@ -168,6 +194,9 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
     return
   if options.verb == 'evaluate':
     _evaluate(options, bindings)
+    return
+  if options.verb == 'plan':
+    _plan(options, bindings)
     return
   if not options.gin_file:
     raise UsageError('give a run with --gin_file, as in --gin_file=runs/quickstart.gin')
@@ -243,6 +272,35 @@ def _evaluate(options: argparse.Namespace, bindings: list[str]) -> None:
   if options.compare:
     _print_comparison(compare(run, *map(name_of, options.compare)))
   print(run.path / 'evaluations')
+
+
+def _plan(options: argparse.Namespace, bindings: list[str]) -> None:
+  from optimer_jax.planning import topologies
+
+  topologies.prepare()
+  from optimer_jax import configs
+  from optimer_jax.parallel.sharding import MeshConfig
+  from optimer_jax.planning.plan import print_plans
+
+  settings = {}
+  if options.gin_file:
+    run = configs.read_run(options.gin_file, bindings)
+    settings = {key: getattr(run, key) for key in ('length', 'mesh', 'training', 'dtype', 'remat')}
+    settings['batch'] = run.training.batch
+  elif bindings:
+    raise UsageError('bindings change what a gin file says: give one with --gin_file')
+  if options.mesh:
+    try:
+      sizes = {axis: int(n) for axis, n in (part.split('=') for part in options.mesh.split(','))}
+      settings['mesh'] = MeshConfig(**{'data': 1, **sizes})
+    except (ValueError, TypeError):
+      raise UsageError(
+        f'--mesh {options.mesh!r} cannot be read: write it as in data=1,fsdp=-1,tensor=4'
+      ) from None
+  for key in ('batch', 'length', 'vectors'):
+    if getattr(options, key) is not None:
+      settings[key] = getattr(options, key)
+  print_plans(options.model, options.stage, options.topology, options.find_smallest, **settings)
 
 
 def _weights(text: str | None) -> dict[str, float] | None:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,21 @@ def start(cache: Path) -> None:
   # When one read fails, Orbax drops its others, which then complain one by one.
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   sys.unraisablehook = _unraisable
+  if not any(Path('/dev').glob('accel*')) and not any(Path('/dev/vfio').glob('[0-9]*')):
+    quiet_libtpu()
+
+
+def quiet_libtpu() -> None:
+  """Where there is no TPU: libtpu, if it is installed, does not ask the network and complain."""
+  for key, value in {
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+    'TPU_LOG_DIR': 'disabled',
+    'TPU_MIN_LOG_LEVEL': '3',
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+  }.items():
+    os.environ.setdefault(key, value)
 
 
 def release_memory() -> None:

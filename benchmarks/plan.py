@@ -1,0 +1,73 @@
+"""Whether Gemma 3 27B fits TPU slices, by the compiler that a TPU would use, without a TPU.
+
+    python -m benchmarks.plan [--quick]
+
+Compiles each stage at all 62 layers, then looks for the smallest slice of a kind of chip for each
+stage, and prints memory a chip, and what the chips' peaks allow at best: bounds, not measurements.
+Needs the extra `tpu` (libtpu), 3 GB of memory and up to half an hour on two cores. --quick compiles
+one training step in a few minutes. The last line has a row for each table line; `smallest` marks
+those that a search for the smallest slice ended with.
+"""
+
+import argparse
+import sys
+
+from benchmarks import print_found
+from optimer_jax.planning import topologies
+
+TENSOR = 4  # devices that share the work on a row
+# Stage, slice, rows, tokens of a row.
+ROWS = (
+  ('train', 'v5e:16x16', 128, 4096),
+  ('train', 'v6e:16x16', 128, 4096),
+  ('train', 'v5p:4x4x4', 64, 4096),
+  ('train', 'v5p:4x4x4', 32, 8192),
+  ('merge', 'v5e:8x8', 64, 4096),
+  ('merge', 'v5p:2x2x2', 8, 4096),
+  ('evaluate', 'v5e:8x8', 64, 4096),
+  ('evaluate', 'v5p:2x2x2', 8, 4096),
+)
+# Stage, kinds of chip, rows, tokens of a row.
+SMALLEST = (
+  ('train', ('v5p',), 64, 4096),
+  ('extract', ('v5e', 'v5p'), 8, 4096),
+  ('merge', ('v5e', 'v5p'), 8, 4096),
+  ('evaluate', ('v5e', 'v5p'), 8, 4096),
+)
+
+
+def measure(quick: bool) -> dict:
+  """The table, printed as it comes, and its rows."""
+  # JAX is told where it is before it is imported.
+  topologies.prepare()
+  from optimer_jax.parallel.sharding import MeshConfig
+  from optimer_jax.planning.plan import COLUMNS, line, plan, walk
+  from optimer_jax.planning.stages import Case
+
+  print(COLUMNS, flush=True)
+  rows, mesh = [], MeshConfig(data=1, fsdp=-1, tensor=TENSOR)
+
+  def show(found):
+    print(line(found), flush=True)
+    rows.append(found.row() | {'smallest': False})
+
+  for stage, name, batch, length in ROWS[:1] if quick else ROWS:
+    show(plan(Case('27b', stage, topologies.topology(name), batch, length, mesh)))
+  for stage, kinds, batch, length in () if quick else SMALLEST:
+    slices = topologies.known(kinds)
+    for found in walk(Case('27b', stage, slices[0], batch, length, mesh), slices):
+      show(found)
+    rows[-1]['smallest'] = rows[-1]['fits']
+  return {'rows': rows}
+
+
+def main(arguments: list[str]) -> int:
+  """Prints the table and the JSON object; returns the exit status."""
+  parser = argparse.ArgumentParser(prog='python -m benchmarks.plan')
+  parser.add_argument('--quick', action='store_true')
+  options = parser.parse_args(arguments)
+  return print_found(lambda: measure(options.quick))
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

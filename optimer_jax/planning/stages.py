@@ -1,0 +1,203 @@
+"""What each stage runs on the devices, with shapes and shardings in place of arrays.
+
+Shape letters: B rows of a batch, T tokens of a row, K vectors.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from optimer_jax.errors import UsageError
+from optimer_jax.evaluation import scoring
+from optimer_jax.gemma3 import SIZES, Model, abstract_params, logical_axes
+from optimer_jax.merging.weighted_sum import weighted_sum
+from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, shardings
+from optimer_jax.planning.topologies import Topology
+from optimer_jax.training.train import TrainConfig, optimizer, train_step
+
+
+class UnsuitableMesh(UsageError):
+  """The mesh does not fit the slice, or does not divide the rows."""
+
+
+STAGES = ('train', 'extract', 'merge', 'evaluate')
+TRAINING = TrainConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One question: does this fit, and how fast is it at best?
+
+  Attributes:
+    size: of `gemma3.SIZES`.
+    stage: of `STAGES`.
+    topology: the slice.
+    batch, length: B rows of T tokens, over the whole slice, of train and evaluate.
+    mesh: devices along each axis; default: `default_mesh`.
+    vectors: K, of merge and evaluate.
+    training: of train; its batch is the one above.
+    dtype: of activations, and of the base, vectors and candidate of a search.
+    remat: compute a layer again for its gradient.
+
+  Raises:
+    UsageError: an unknown size or stage, numbers below 1, a batch that A does not divide.
+  """
+
+  size: str
+  stage: str
+  topology: Topology
+  batch: int = 64
+  length: int = 4096
+  mesh: MeshConfig | None = None
+  vectors: int = 5
+  training: TrainConfig = TRAINING
+  dtype: str = 'bfloat16'
+  remat: bool = True
+
+  def __post_init__(self):
+    for what, name, names in (('size', self.size, SIZES), ('stage', self.stage, STAGES)):
+      if name not in names:
+        raise UsageError(f'{name!r} is no {what}; known are {", ".join(names)}')
+    if min(self.batch, self.length, self.vectors) < 1:
+      raise UsageError('batch, length and vectors must be 1 or more')
+    if self.batch % self.pieces:
+      raise UsageError(f'batch {self.batch} does not divide into {self.pieces} pieces')
+
+  @property
+  def model(self) -> Model:
+    return Model(SIZES[self.size], self.dtype, scan=True, remat=self.remat)
+
+  @property
+  def computes(self) -> bool:
+    """Whether rows of tokens go through the model."""
+    return self.stage in ('train', 'evaluate')
+
+  @property
+  def pieces(self) -> int:
+    """A: how many pieces of the batch are computed one after the other."""
+    return self.training.accumulate if self.stage == 'train' else 1
+
+
+def default_mesh(case: Case) -> MeshConfig:
+  """Parameters split over all devices, and the rows over as many as they can be.
+
+  What is left of the devices shares the work on a row (`tensor`).
+  """
+  count = case.topology.devices
+  fsdp = math.gcd(count, case.batch // case.pieces) if case.computes else count
+  return MeshConfig(data=1, fsdp=fsdp, tensor=count // fsdp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A jitted function, what it is called with, and what else lies in the devices' memory."""
+
+  function: Any
+  arguments: tuple
+  beside: tuple = ()
+
+  @property
+  def bytes_before(self) -> int:
+    """On each device, of all that is there before a step."""
+    return sum(
+      math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+      for a in jax.tree.leaves((self.arguments, self.beside))
+      if isinstance(a, jax.ShapeDtypeStruct)
+    )
+
+
+def program(case: Case, mesh: Mesh) -> Program:
+  """What the stage of a case runs on a mesh.
+
+  Raises:
+    UnsuitableMesh: it does not divide the rows.
+  """
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  if case.computes and case.batch // case.pieces % ways:
+    raise UnsuitableMesh(
+      f'{case.batch // case.pieces} rows cannot be split over data={mesh.shape["data"]} x '
+      f'fsdp={mesh.shape["fsdp"]} devices: change batch, accumulate or the mesh'
+    )
+  return {'train': _train, 'extract': _extract, 'merge': _merge, 'evaluate': _evaluate}[case.stage](
+    case, mesh
+  )
+
+
+def _train(case: Case, mesh: Mesh) -> Program:
+  config = dataclasses.replace(case.training, batch=case.batch)
+  rows = _rows(case, mesh, ('tokens', 'positions', 'segment_ids'))
+  return Program(train_step, (case.model, config, _state(case.model, config, mesh), rows))
+
+
+@jax.jit
+def difference(trained: dict, base: dict) -> dict:
+  """tau = theta - theta_0 in float32, rounded to bfloat16, of parameters on the devices."""
+  return jax.tree.map(lambda a, b: (a - b).astype(jnp.bfloat16), trained, base)
+
+
+def _extract(case: Case, mesh: Mesh) -> Program:
+  params = _params(case.model, 'float32', mesh)
+  return Program(difference, (params, params))
+
+
+def _merge(case: Case, mesh: Mesh) -> Program:
+  params = _params(case.model, case.dtype, mesh)
+  weights = _whole((case.vectors,), jnp.float32, mesh)
+  return Program(weighted_sum, (params, params, (params,) * case.vectors, weights))
+
+
+def _evaluate(case: Case, mesh: Mesh) -> Program:
+  """One batch of requests to a candidate, with the pool that it was merged from at hand."""
+  params = _params(case.model, case.dtype, mesh)
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  chunk = scoring._chunk(case.batch // ways, case.model.config.vocab_size)
+  pieces = _whole((), jnp.int32, mesh)
+  rows = _rows(case, mesh, scoring.ARRAYS).values()
+  return Program(
+    scoring._score,
+    (case.model, chunk, params, None, pieces, *rows),
+    beside=(params,) * (1 + case.vectors),
+  )
+
+
+def _params(model: Model, dtype: str, mesh: Mesh) -> dict:
+  abstract = abstract_params(model, jnp.dtype(dtype))
+  return _placed(abstract, shardings(logical_axes(model), abstract, mesh))
+
+
+def _state(model: Model, config: TrainConfig, mesh: Mesh) -> dict:
+  """What `train_step` takes: moments lie where their parameters lie, counters everywhere."""
+  params = _params(model, 'float32', mesh)
+  structure = jax.tree.structure(params)
+
+  def is_params(node) -> bool:
+    return jax.tree.structure(node) == structure
+
+  def place(node):
+    if is_params(node):
+      return _placed(node, jax.tree.map(lambda p: p.sharding, params))
+    return jax.tree.map(lambda a: _whole(a.shape, a.dtype, mesh), node)
+
+  moments = jax.eval_shape(optimizer(config).init, params)
+  return {'params': params, 'optimizer': jax.tree.map(place, moments, is_leaf=is_params)}
+
+
+def _rows(case: Case, mesh: Mesh, names: tuple[str, ...]) -> Mapping[str, jax.ShapeDtypeStruct]:
+  """int32 [B, T] of each name."""
+  shape, place = (case.batch, case.length), batch_sharding(mesh)
+  return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name in names}
+
+
+def _placed(abstract: dict, places: dict) -> dict:
+  place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+  return jax.tree.map(place, abstract, places)
+
+
+def _whole(shape: tuple[int, ...], dtype, mesh: Mesh) -> jax.ShapeDtypeStruct:
+  where = NamedSharding(mesh, PartitionSpec())
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=where)

@@ -1,0 +1,144 @@
+"""TPU chips, the slices that are made of them, and the compiler's view of a slice.
+
+Only `devices` imports JAX: the table serves a command line that has not yet.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import re
+
+from optimer_jax.errors import UsageError, UserError
+
+CHIPS_PER_HOST = 4  # of a slice of several hosts; a host is a virtual machine, one JAX process
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One TPU chip.
+
+  Attributes:
+    flops: peak bfloat16 FLOP/s.
+    hbm_gib: high-bandwidth memory, GiB.
+    limit_gib: what the compiler gives a program of it, GiB: the runtime keeps the rest.
+    bandwidth: peak of that memory, bytes/s.
+    axes: of the interconnect, 2 or 3: the numbers in a slice's name.
+    devices: JAX devices.
+    configuration: the compiler's name for a chip whose cores work as one device, if it has two.
+  """
+
+  flops: float
+  hbm_gib: float
+  limit_gib: float
+  bandwidth: float
+  axes: int
+  devices: int = 1
+  configuration: str | None = None
+
+
+# Peaks and memory: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, the tables of key chip
+# specifications. Limits: what libtpu says that a program too large exceeds; of 0.0.42 and 0.0.52,
+# which differ by 0.01, the smaller.
+CHIPS = {
+  'v4': Chip(275e12, 32, 30.75, 1200e9, axes=3, configuration='megacore'),
+  'v5e': Chip(197e12, 16, 15.75, 819e9, axes=2),
+  'v5p': Chip(459e12, 95, 95.73, 2765e9, axes=3),
+  'v6e': Chip(918e12, 32, 31.24, 1638e9, axes=2),
+}
+
+# The slices of the same pages, smallest first: all of v5e and v6e, and of v4 and v5p those whose
+# sides are powers of two, up to 512 chips.
+FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8')
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """A slice: chips of one kind, connected in a grid."""
+
+  kind: str
+  sides: tuple[int, ...]
+
+  @property
+  def name(self) -> str:
+    return f'{self.kind}:{"x".join(map(str, self.sides))}'
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[self.kind]
+
+  @property
+  def chips(self) -> int:
+    return math.prod(self.sides)
+
+  @property
+  def devices(self) -> int:
+    return self.chips * self.chip.devices
+
+  @property
+  def hosts(self) -> int:
+    return max(1, self.chips // CHIPS_PER_HOST)
+
+
+def topology(name: str) -> Topology:
+  """The slice of a name such as v5e:16x16 or v5p:4x4x4; it need not be one of `known`.
+
+  Raises:
+    UsageError: the name has another form, or an unknown chip.
+  """
+  found = re.fullmatch(r'(\w+):(\d+(?:x\d+)+)', name)
+  if not found or found[1] not in CHIPS:
+    close = difflib.get_close_matches(name, [t.name for t in known()], 1, 0.5)
+    nearest = f'; did you mean {close[0]}?' if close else ''
+    raise UsageError(
+      f'{name!r} is no slice of {", ".join(CHIPS)}: name one as in v5e:16x16 or v5p:4x4x4{nearest}'
+    )
+  sides = tuple(map(int, found[2].split('x')))
+  axes = CHIPS[found[1]].axes
+  if len(sides) != axes or min(sides) < 1:
+    raise UsageError(f'{name!r}: a slice of {found[1]} has {axes} sides, of 1 chip or more')
+  return Topology(found[1], sides)
+
+
+def known(kinds: tuple[str, ...] = tuple(CHIPS)) -> list[Topology]:
+  """Slices of these kinds of chip: fewest chips first, and of as many chips least memory first."""
+  names = [f'{kind}:{s}' for kind in kinds for s in (FLAT if CHIPS[kind].axes == 2 else CUBES)]
+  return sorted(map(topology, names), key=lambda t: (t.chips, t.chip.limit_gib))
+
+
+def prepare() -> None:
+  """Keeps a process that only compiles off all accelerators; call it before JAX is imported."""
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  # A program for a slice that is not there cannot be read back from the cache.
+  os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
+
+
+def devices(topology: Topology) -> list:
+  """The slice's devices as libtpu describes them: to compile for, not to run on.
+
+  Raises:
+    UserError: libtpu is not installed.
+    UsageError: there is no such slice.
+  """
+  if importlib.util.find_spec('libtpu') is None:
+    raise UserError(
+      "plans are compiled by libtpu, which is not installed: pip install 'optimer_jax[tpu]'"
+    )
+  import jax
+  from jax.experimental import topologies
+
+  from optimer_jax.parallel.startup import quiet_libtpu
+
+  quiet_libtpu()
+  options = {'chips_per_host_bounds': (*(min(2, side) for side in topology.sides[:2]), 1)}
+  if topology.chip.configuration:
+    options['chip_config_name'] = topology.chip.configuration
+  try:
+    return list(topologies.get_topology_desc(topology.name, 'tpu', **options).devices)
+  except jax.errors.JaxRuntimeError as error:
+    names = ', '.join(t.name for t in known((topology.kind,)))
+    raise UsageError(
+      f'the compiler knows no slice {topology.name}; it does know {names}'
+    ) from error
