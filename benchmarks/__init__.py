@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable
 
 from optimer_jax.errors import UserError
+from optimer_jax.parallel.startup import quiet_libtpu
+
+quiet_libtpu()
 
 
 def print_found(measure: Callable[[], dict]) -> int:

@@ -13,7 +13,10 @@ import argparse
 import sys
 
 from benchmarks import print_found
+from optimer_jax.parallel.sharding import MeshConfig
 from optimer_jax.planning import topologies
+from optimer_jax.planning.plan import COLUMNS, line, plan, walk
+from optimer_jax.planning.stages import Case
 
 TENSOR = 4  # devices that share the work on a row
 # Stage, slice, rows, tokens of a row.
@@ -38,12 +41,7 @@ SMALLEST = (
 
 def measure(quick: bool) -> dict:
   """The table, printed as it comes, and its rows."""
-  # JAX is told where it is before it is imported.
   topologies.prepare()
-  from optimer_jax.parallel.sharding import MeshConfig
-  from optimer_jax.planning.plan import COLUMNS, line, plan, walk
-  from optimer_jax.planning.stages import Case
-
   print(COLUMNS, flush=True)
   rows, mesh = [], MeshConfig(data=1, fsdp=-1, tensor=TENSOR)
 

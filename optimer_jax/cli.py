@@ -275,13 +275,12 @@ def _evaluate(options: argparse.Namespace, bindings: list[str]) -> None:
 
 
 def _plan(options: argparse.Namespace, bindings: list[str]) -> None:
-  from optimer_jax.planning import topologies
-
-  topologies.prepare()
   from optimer_jax import configs
   from optimer_jax.parallel.sharding import MeshConfig
+  from optimer_jax.planning import topologies
   from optimer_jax.planning.plan import print_plans
 
+  topologies.prepare()
   settings = {}
   if options.gin_file:
     run = configs.read_run(options.gin_file, bindings)

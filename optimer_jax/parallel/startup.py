@@ -21,12 +21,17 @@ def start(cache: Path) -> None:
   # When one read fails, Orbax drops its others, which then complain one by one.
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   sys.unraisablehook = _unraisable
-  if not any(Path('/dev').glob('accel*')) and not any(Path('/dev/vfio').glob('[0-9]*')):
-    quiet_libtpu()
+  quiet_libtpu()
 
 
-def quiet_libtpu() -> None:
-  """Where there is no TPU: libtpu, if it is installed, does not ask the network and complain."""
+def quiet_libtpu(attached: bool = False) -> None:
+  """Where no TPU is attached, libtpu, if it is installed, shall not ask the network and complain.
+
+  Args:
+    attached: also where one is, which is then not asked for.
+  """
+  if not attached and (any(Path('/dev').glob('accel*')) or any(Path('/dev/vfio').glob('[0-9]*'))):
+    return
   for key, value in {
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-4',

@@ -1,16 +1,16 @@
-"""TPU chips, the slices that are made of them, and the compiler's view of a slice.
-
-Only `devices` imports JAX: the table serves a command line that has not yet.
-"""
+"""TPU chips, the slices that are made of them, and the compiler's view of a slice."""
 
 import dataclasses
 import difflib
 import importlib.util
 import math
-import os
 import re
 
+import jax
+from jax.experimental.topologies import get_topology_desc
+
 from optimer_jax.errors import UsageError, UserError
+from optimer_jax.parallel.startup import quiet_libtpu
 
 CHIPS_PER_HOST = 4  # of a slice of several hosts; a host is a virtual machine, one JAX process
 
@@ -109,10 +109,10 @@ def known(kinds: tuple[str, ...] = tuple(CHIPS)) -> list[Topology]:
 
 
 def prepare() -> None:
-  """Keeps a process that only compiles off all accelerators; call it before JAX is imported."""
-  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  """Keeps a process that only compiles off all accelerators; call it before JAX computes."""
+  jax.config.update('jax_platforms', jax.config.jax_platforms or 'cpu')
   # A program for a slice that is not there cannot be read back from the cache.
-  os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
+  jax.config.update('jax_enable_compilation_cache', False)
 
 
 def devices(topology: Topology) -> list:
@@ -126,17 +126,12 @@ def devices(topology: Topology) -> list:
     raise UserError(
       "plans are compiled by libtpu, which is not installed: pip install 'optimer_jax[tpu]'"
     )
-  import jax
-  from jax.experimental import topologies
-
-  from optimer_jax.parallel.startup import quiet_libtpu
-
-  quiet_libtpu()
+  quiet_libtpu(attached=True)
   options = {'chips_per_host_bounds': (*(min(2, side) for side in topology.sides[:2]), 1)}
   if topology.chip.configuration:
     options['chip_config_name'] = topology.chip.configuration
   try:
-    return list(topologies.get_topology_desc(topology.name, 'tpu', **options).devices)
+    return list(get_topology_desc(topology.name, 'tpu', **options).devices)
   except jax.errors.JaxRuntimeError as error:
     names = ', '.join(t.name for t in known((topology.kind,)))
     raise UsageError(
