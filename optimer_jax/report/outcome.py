@@ -67,8 +67,10 @@ def reading(run: Run) -> str:
 
 def against_training(run: Run) -> str:
   """What the search cost, beside training and beside tuning the mixture by training; or ''."""
-  trials = sum(len(study.trials) for study in run.studies)
   rows = stages(run.costs)
+  # Of a study that is under way the cost is not known yet.
+  counted = {row['stage'] for row in rows}
+  trials = sum(len(study.trials) for study in run.studies if f'search/{study.name}' in counted)
   runs = [row for row in rows if row['stage'].startswith('train/')]
   searches = [row for row in rows if row['stage'].startswith('search/')]
   found = []
