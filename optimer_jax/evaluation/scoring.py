@@ -134,7 +134,7 @@ def likelihood_gradient(
   if any(group.length for group in plan.groups):
     raise ValueError('there is no gradient of requests that share a prefix')
   # Where layers are not scanned, `remat` takes a forward pass more and no memory less (on CPU).
-  model = dataclasses.replace(model, remat=model.remat and model.scan)
+  model = model if model.scan else dataclasses.replace(model, remat='none')
   distinct = np.bincount(plan.distinct, factors)
   batches = [batch for group in plan.groups for batch in group.batches]
   results = []

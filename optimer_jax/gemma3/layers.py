@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 
 from optimer_jax.gemma3.config import Gemma3Config
-from optimer_jax.parallel.sharding import constrain
+from optimer_jax.gemma3.splash import Packed, attend
+from optimer_jax.parallel.sharding import constrain, platform
 
 
 def param(stack: tuple[int, ...], axes: tuple[str, ...], *shape: int) -> nnx.Param:
@@ -29,7 +30,7 @@ def param(stack: tuple[int, ...], axes: tuple[str, ...], *shape: int) -> nnx.Par
 def project(einsum: str, x: jax.Array, w: jax.Array) -> jax.Array:
   """`jnp.einsum` with the weight in x's dtype; on CPU over flattened tokens (faster there)."""
   w = w.astype(x.dtype)
-  if jax.default_backend() != 'cpu':
+  if platform() != 'cpu':
     return jnp.einsum(einsum, x, w)
   left, right = einsum.split('->')[0].split(',')
   contracted = sum(axis in right for axis in left)
@@ -115,12 +116,15 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm(h, 'head_dim', c.norm_eps, stack)
 
   def __call__(
-    self, x: jax.Array, r: Rope, view: View, cache: KVCache | None, prefix: KVCache | None
+    self, x: jax.Array, r: Rope, view: View | Packed, cache: KVCache | None, prefix: KVCache | None
   ) -> tuple[jax.Array, KVCache | None]:
     """x [B, T, D] to the same, and the cache after it: filled, begun, or None as there is none."""
     q = rotate(self.q_norm(project('BTD,DNH->BTNH', x, self.q_proj[...])), r)
     k = rotate(self.k_norm(project('BTD,DKH->BTKH', x, self.k_proj[...])), r)
     v = project('BTD,DKH->BTKH', x, self.v_proj[...])
+    if isinstance(view, Packed):
+      out = attend(q * self.scale, k, v, view)
+      return project('BTNH,NHD->BTD', out, self.o_proj[...]), None
     rows = jnp.arange(x.shape[0])[:, None]
     if view.slots is not None:
       k, v = cache = KVCache(
@@ -175,7 +179,7 @@ class Block(nnx.Module):
     self,
     x: jax.Array,
     r: Rope,
-    view: View,
+    view: View | Packed,
     cache: KVCache | None = None,
     prefix: KVCache | None = None,
   ) -> tuple[jax.Array, KVCache | None]:

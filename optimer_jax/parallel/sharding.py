@@ -18,6 +18,7 @@ MESH_AXES = ('data', 'fsdp', 'tensor')
 RULES = {
   'batch': ('data', 'fsdp'),
   'length': None,
+  'residual_length': 'tensor',  # of the residual stream between blocks, which no head needs whole
   'embed': 'fsdp',
   'vocab': 'tensor',
   'mlp': 'tensor',
@@ -86,6 +87,15 @@ def shardings(axes: dict, abstract: dict, mesh: Mesh) -> dict:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows [B, …] split over the data and fsdp axes."""
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))
+
+
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': of the mesh that `jax.set_mesh` named, else of this process.
+
+  The two differ where a program is compiled for TPUs without having one.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
