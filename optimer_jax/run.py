@@ -57,8 +57,8 @@ class Run:
   trim_vocabulary: int = 0  # keep tokens seen this often in the training text; 0 keeps them all
   dtype: str = 'float32'  # of activations and matrix products; bfloat16 on accelerators
   scan: bool | None = None  # scan over layers; default: everywhere but on CPU
-  attention: str = 'auto'  # of training and scoring: splash on TPU; or plain, or splash everywhere
-  remat: str = 'layer'  # what a layer keeps for its gradient: its input; or dots, or none (all of it)
+  attention: str = 'auto'  # splash (fused, slow but on TPU) or plain; auto: splash on TPU
+  remat: str = 'layer'  # kept for a layer's gradient: its input; dots: products too; none: all
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)

@@ -75,7 +75,7 @@ def log_likelihoods(model: Model, params: dict, plan: Plan, mesh: Mesh | None = 
       queued = []
       for batch in group.batches:
         chunk = _chunk(len(batch.tokens) // plan.shards, model.config.vocab_size)
-        arrays = {name: _placed(getattr(batch, name), mesh) for name in ARRAYS}
+        arrays = _placed({name: getattr(batch, name) for name in ARRAYS}, plan, mesh)
         pieces = np.int32(-(-batch.scored // chunk))
         queued.append(_score(model, chunk, params, prefix, pieces, **arrays))
       # The device always has a group's work to go on with, and never more than two prefixes.
@@ -147,7 +147,7 @@ def likelihood_gradient(
         'at': np.take_along_axis(batch.at, batch.columns, axis=1),
         **{name: getattr(batch, name) for name in ARRAYS if name not in ('at', 'columns')},
       }
-      arrays = {name: _placed(array, mesh) for name, array in arrays.items()}
+      arrays = _placed(arrays, plan, mesh)
       pieces = np.int32(-(-real.sum(1).max() // chunk))
       results.append(_slopes(model, chunk, params, tuple(vectors), pieces, **arrays))
       if len(results) > 1:
@@ -184,7 +184,7 @@ def _score(
   tokens: jax.Array,
   positions: jax.Array,
   segment_ids: jax.Array,
-  branch_ids: jax.Array,
+  branch_ids: jax.Array | None,
   at: jax.Array,
   targets: jax.Array,
   columns: jax.Array,
@@ -225,8 +225,15 @@ def _chunk(rows: int, vocab: int) -> int:
   return 1 << (min(max(most, 1), SMALLEST).bit_length() - 1)
 
 
-def _placed(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+def _placed(arrays: dict, plan: Plan, mesh: Mesh | None) -> dict:
+  """The arrays of a batch on the devices; no `branch_ids` where there are no branches."""
+  if not plan.branched:
+    arrays = arrays | {'branch_ids': None}
   if mesh is None:
-    return jnp.asarray(array)
+    return jax.tree.map(jnp.asarray, arrays)
+
   # Every process has the whole array, and gives its own devices their rows.
-  return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda at: array[at])
+  def place(array):
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda at: array[at])
+
+  return jax.tree.map(place, arrays)

@@ -50,31 +50,32 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, view: Packed) -> jax.Array:
   the kernel is interpreted: slow, and the same.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  _, length, heads, _ = q.shape
-  if not mesh.empty:
-    split = spec(('batch', 'length', 'heads', 'head_dim'), q.shape, mesh)
-    heads = NamedSharding(mesh, split).shard_shape(q.shape)[2]
-    ways = q.shape[2] // heads
-    k, v = (jnp.repeat(a, ways // math.gcd(ways, a.shape[2]), axis=2) for a in (k, v))
-  def local(q, k, v, segment_ids):
-    kernel = splash.make_splash_mha(
-      splash.MultiHeadMask([_mask(length, view.window)] * heads),
-      block_sizes=_blocks(length),
-      head_shards=1,
-      q_seq_shards=1,
-      residual_checkpoint_name=SAVED,
-      interpret=platform() != 'tpu',
-    )
-    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # B N T H
-    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids, segment_ids)).swapaxes(1, 2)
+  if mesh.empty:
+    return _attend(q, k, v, view.segment_ids, view.window)
+  split = spec(('batch', 'length', 'heads', 'head_dim'), q.shape, mesh)
+  ways = q.shape[2] // NamedSharding(mesh, split).shard_shape(q.shape)[2]
+  k, v = (jnp.repeat(a, ways // math.gcd(ways, a.shape[2]), axis=2) for a in (k, v))
+  return jax.shard_map(
+    functools.partial(_attend, window=view.window),
+    in_specs=(split, split, split, PartitionSpec(*split[:2])),
+    out_specs=split,
+    check_vma=False,  # the kernel does not say along which axes its results vary
+  )(q, k, v, view.segment_ids)
 
-  if not mesh.empty:
-    rows = PartitionSpec(*split[:2])
-    # The kernel does not say along which axes its results vary.
-    local = jax.shard_map(
-      local, in_specs=(split, split, split, rows), out_specs=split, check_vma=False
-    )
-  return local(q, k, v, view.segment_ids)
+
+def _attend(q, k, v, segment_ids, window):
+  """`attend` on one device."""
+  _, length, heads, _ = q.shape
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([_mask(length, window)] * heads),
+    block_sizes=_blocks(length),
+    head_shards=1,
+    q_seq_shards=1,
+    residual_checkpoint_name=SAVED,
+    interpret=platform() != 'tpu',
+  )
+  q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # B N T H
+  return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids, segment_ids)).swapaxes(1, 2)
 
 
 @functools.lru_cache  # kernels of one mask object are traced once

@@ -27,9 +27,7 @@ from optimer_jax.gemma3.splash import SAVED, Packed, divides
 from optimer_jax.parallel.sharding import constrain, platform
 
 KINDS = ('local', 'global')
-# How `hidden` attends: 'splash' is Pallas splash attention, interpreted where there is no TPU, on
-# rows of a multiple of 128 tokens without branches and prefix; 'plain', which holds all logits, is
-# for the rest; 'auto' is 'splash' on TPU and 'plain' elsewhere.
+# How `hidden` attends where it can choose; 'auto' is 'splash' on TPU and 'plain' elsewhere.
 ATTENTION = ('auto', 'plain', 'splash')
 # What a layer keeps for its gradient beside its input, and does not compute again.
 _policies = jax.checkpoint_policies
@@ -264,9 +262,12 @@ def hidden(
   positions: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   branch_ids: jax.Array | None = None,
-  prefix: 'Prefix | None' = None,
+  prefix: Prefix | None = None,
 ) -> jax.Array:
   """Hidden states [B, T, D] after the last norm, of rows that may pack several documents.
+
+  Splash attention, if the model says so, takes rows of a multiple of 128 tokens without branches
+  and prefix. All else goes the plain way, with masks and logits [B, T, T].
 
   Args:
     model: what to compute (static).
