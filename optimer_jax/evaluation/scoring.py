@@ -75,7 +75,7 @@ def log_likelihoods(model: Model, params: dict, plan: Plan, mesh: Mesh | None = 
       queued = []
       for batch in group.batches:
         chunk = _chunk(len(batch.tokens) // plan.shards, model.config.vocab_size)
-        arrays = _placed({name: getattr(batch, name) for name in ARRAYS}, plan, mesh)
+        arrays = jax.tree.map(lambda a: _placed(a, mesh), _inputs(plan, batch))
         pieces = np.int32(-(-batch.scored // chunk))
         queued.append(_score(model, chunk, params, prefix, pieces, **arrays))
       # The device always has a group's work to go on with, and never more than two prefixes.
@@ -145,9 +145,9 @@ def likelihood_gradient(
       arrays = {
         'factors': np.where(real, distinct[batch.owner], 0).astype(np.float32),
         'at': np.take_along_axis(batch.at, batch.columns, axis=1),
-        **{name: getattr(batch, name) for name in ARRAYS if name not in ('at', 'columns')},
+        **{k: a for k, a in _inputs(plan, batch).items() if k not in ('at', 'columns')},
       }
-      arrays = _placed(arrays, plan, mesh)
+      arrays = jax.tree.map(lambda a: _placed(a, mesh), arrays)
       pieces = np.int32(-(-real.sum(1).max() // chunk))
       results.append(_slopes(model, chunk, params, tuple(vectors), pieces, **arrays))
       if len(results) > 1:
@@ -225,15 +225,14 @@ def _chunk(rows: int, vocab: int) -> int:
   return 1 << (min(max(most, 1), SMALLEST).bit_length() - 1)
 
 
-def _placed(arrays: dict, plan: Plan, mesh: Mesh | None) -> dict:
-  """The arrays of a batch on the devices; no `branch_ids` where there are no branches."""
-  if not plan.branched:
-    arrays = arrays | {'branch_ids': None}
+def _inputs(plan: Plan, batch: Batch) -> dict[str, np.ndarray | None]:
+  arrays = {name: getattr(batch, name) for name in ARRAYS}
+  # Splash attention is for rows of which it is known that they have no branches.
+  return arrays if plan.branched else arrays | {'branch_ids': None}
+
+
+def _placed(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
   if mesh is None:
-    return jax.tree.map(jnp.asarray, arrays)
-
+    return jnp.asarray(array)
   # Every process has the whole array, and gives its own devices their rows.
-  def place(array):
-    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda at: array[at])
-
-  return jax.tree.map(place, arrays)
+  return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda at: array[at])
