@@ -22,6 +22,11 @@ from optimer_jax.gemma3.config import Gemma3Config
 from optimer_jax.gemma3.splash import Packed, attend
 from optimer_jax.parallel.sharding import constrain, platform
 
+# The residual stream and its norms are split by length over the devices that share heads and mlp:
+# these gather all tokens for their products, and scatter the sums of them.
+RESIDUAL = ('batch', 'residual_length', 'embed')
+WHOLE = ('batch', 'length', 'embed')
+
 
 def param(stack: tuple[int, ...], axes: tuple[str, ...], *shape: int) -> nnx.Param:
   return nnx.Param(jnp.zeros((*stack, *shape)), axes=('layers',) * len(stack) + axes)
@@ -161,7 +166,8 @@ class MLP(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     gate = jax.nn.gelu(project('BTD,DF->BTF', x, self.gate_proj[...]), approximate=True)
     up = project('BTD,DF->BTF', x, self.up_proj[...])
-    return project('BTF,FD->BTD', gate * up, self.down_proj[...])
+    inner = constrain(gate * up, ('batch', 'length', 'mlp'))
+    return project('BTF,FD->BTD', inner, self.down_proj[...])
 
 
 class Block(nnx.Module):
@@ -183,10 +189,10 @@ class Block(nnx.Module):
     cache: KVCache | None = None,
     prefix: KVCache | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
-    y, cache = self.attn(self.pre_attn_norm(x), r, view, cache, prefix)
-    x = x + self.post_attn_norm(y)
-    x = x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
-    return x, cache
+    y, cache = self.attn(constrain(self.pre_attn_norm(x), WHOLE), r, view, cache, prefix)
+    x = x + self.post_attn_norm(constrain(y, RESIDUAL))
+    y = self.mlp(constrain(self.pre_mlp_norm(x), WHOLE))
+    return x + self.post_mlp_norm(constrain(y, RESIDUAL)), cache
 
 
 class Embedder(nnx.Module):

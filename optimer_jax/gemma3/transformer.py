@@ -22,7 +22,7 @@ from flax import nnx
 
 from optimer_jax.errors import UsageError
 from optimer_jax.gemma3.config import PERIOD, Gemma3Config
-from optimer_jax.gemma3.layers import Block, Embedder, KVCache, RMSNorm, View, rope
+from optimer_jax.gemma3.layers import RESIDUAL, WHOLE, Block, Embedder, KVCache, RMSNorm, View, rope
 from optimer_jax.gemma3.splash import SAVED, Packed, divides
 from optimer_jax.parallel.sharding import constrain, platform
 
@@ -39,7 +39,6 @@ REMAT = {
     _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(SAVED)
   ),
 }
-RESIDUAL = ('batch', 'residual_length', 'embed')  # the stream between blocks
 # The caches of all layers: a tuple in the order of the layers, or stacks as the parameters have.
 Layers = tuple[KVCache, ...] | dict[str, KVCache]
 
@@ -97,7 +96,7 @@ class Transformer(nnx.Module):
     x = constrain(self.embedder.encode(tokens, jnp.dtype(model.dtype)), RESIDUAL)
     walk = self._scan if model.scan else self._unroll
     x, cache = walk(model, x, ropes, views, cache, prefix)
-    return constrain(self.final_norm(x), ('batch', 'length', 'embed')), cache
+    return constrain(self.final_norm(x), WHOLE), cache
 
   def _unroll(self, model, x, ropes, views, cache, prefix):
     layers, new = [None] * self.config.num_layers, []
