@@ -1,7 +1,7 @@
 """One table from logical axes to mesh axes, and what follows from it.
 
 Mesh axes: `data` (batch only), `fsdp` (batch, and parameters split to save memory), `tensor`
-(heads and mlp split to share work).
+(heads and mlp split to share work, and between them the length to save memory).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ MESH_AXES = ('data', 'fsdp', 'tensor')
 RULES = {
   'batch': ('data', 'fsdp'),
   'length': None,
-  'residual_length': 'tensor',  # of the residual stream between blocks, which no head needs whole
+  'residual_length': 'tensor',  # where tokens are not looked at together: see gemma3.layers
   'embed': 'fsdp',
   'vocab': 'tensor',
   'mlp': 'tensor',
