@@ -17,6 +17,7 @@ from optimer_jax.evaluation.engine import Engine, Prepared, Task
 from optimer_jax.evaluation.tasks import BitsPerByte
 from optimer_jax.files import read_json
 from optimer_jax.gemma3 import Gemma3Config, Model
+from optimer_jax.gemma3.transformer import check_choices
 from optimer_jax.merging.candidates import MergeConfig
 from optimer_jax.parallel.sharding import MeshConfig
 from optimer_jax.parallel.startup import release_memory
@@ -56,7 +57,8 @@ class Run:
   trim_vocabulary: int = 0  # keep tokens seen this often in the training text; 0 keeps them all
   dtype: str = 'float32'  # of activations and matrix products; bfloat16 on accelerators
   scan: bool | None = None  # scan over layers; default: everywhere but on CPU
-  remat: bool = True  # compute a layer again for its gradient, to save memory
+  attention: str = 'auto'  # splash (fused, slow but on TPU) or plain; auto: splash on TPU
+  remat: str = 'layer'  # kept for a layer's gradient: its input; dots: products too; none: all
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -72,6 +74,7 @@ class Run:
   gin: str = ''  # the operative gin, kept with the results
 
   def __post_init__(self):
+    check_choices(self)
     for name in self.vectors:
       if name in self.names or name == 'base':
         raise UsageError(f'Run.vectors: the name {name!r} is taken: give the vector another one')
@@ -120,7 +123,7 @@ def model_of(run: Run, config: Gemma3Config | None = None) -> Model:
   """What the run computes with; default: the base's architecture."""
   config = config or store.read_manifest(run.path / 'base', 'base').model
   scan = jax.default_backend() != 'cpu' if run.scan is None else run.scan
-  return Model(config, dtype=run.dtype, scan=scan, remat=run.remat)
+  return Model(config, dtype=run.dtype, scan=scan, attention=run.attention, remat=run.remat)
 
 
 def tokenizer_of(run: Run) -> Tokenizer:

@@ -306,6 +306,10 @@ def test_specs():
     None,
     None,  # fsdp is taken by the batch
   )
+  # Between blocks the length is split over tensor, where it can be.
+  for length, expected in ((8, ('tensor',)), (1, None)):
+    found = spec(('batch', 'residual_length', 'embed'), (64, length, 32), mesh)
+    assert found == PartitionSpec(('data', 'fsdp'), expected, None)
   assert spec(('vocab', 'embed'), (262_208, 2560), mesh) == PartitionSpec(('tensor',), ('fsdp',))
   assert spec(('vocab', 'embed'), (262_145, 2560), mesh) == PartitionSpec(None, ('fsdp',))
   assert spec(('embed', 'kv_heads', 'head_dim'), (640, 1, 256), mesh) == PartitionSpec(

@@ -12,6 +12,7 @@ the first token of every branch. Nothing here depends on parameters or devices.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,11 @@ class Plan:
   tokens: int
   slots: int
   shards: int
+
+  @functools.cached_property
+  def branched(self) -> bool:
+    """Whether any targets share a context; else rows are documents one after the other."""
+    return any(b.branch_ids.max(initial=0) > 1 for g in self.groups for b in g.batches)
 
 
 class Tree(NamedTuple):

@@ -75,7 +75,7 @@ def log_likelihoods(model: Model, params: dict, plan: Plan, mesh: Mesh | None = 
       queued = []
       for batch in group.batches:
         chunk = _chunk(len(batch.tokens) // plan.shards, model.config.vocab_size)
-        arrays = {name: _placed(getattr(batch, name), mesh) for name in ARRAYS}
+        arrays = jax.tree.map(lambda a: _placed(a, mesh), _inputs(plan, batch))
         pieces = np.int32(-(-batch.scored // chunk))
         queued.append(_score(model, chunk, params, prefix, pieces, **arrays))
       # The device always has a group's work to go on with, and never more than two prefixes.
@@ -134,7 +134,7 @@ def likelihood_gradient(
   if any(group.length for group in plan.groups):
     raise ValueError('there is no gradient of requests that share a prefix')
   # Where layers are not scanned, `remat` takes a forward pass more and no memory less (on CPU).
-  model = dataclasses.replace(model, remat=model.remat and model.scan)
+  model = model if model.scan else dataclasses.replace(model, remat='none')
   distinct = np.bincount(plan.distinct, factors)
   batches = [batch for group in plan.groups for batch in group.batches]
   results = []
@@ -145,9 +145,9 @@ def likelihood_gradient(
       arrays = {
         'factors': np.where(real, distinct[batch.owner], 0).astype(np.float32),
         'at': np.take_along_axis(batch.at, batch.columns, axis=1),
-        **{name: getattr(batch, name) for name in ARRAYS if name not in ('at', 'columns')},
+        **{k: a for k, a in _inputs(plan, batch).items() if k not in ('at', 'columns')},
       }
-      arrays = {name: _placed(array, mesh) for name, array in arrays.items()}
+      arrays = jax.tree.map(lambda a: _placed(a, mesh), arrays)
       pieces = np.int32(-(-real.sum(1).max() // chunk))
       results.append(_slopes(model, chunk, params, tuple(vectors), pieces, **arrays))
       if len(results) > 1:
@@ -184,7 +184,7 @@ def _score(
   tokens: jax.Array,
   positions: jax.Array,
   segment_ids: jax.Array,
-  branch_ids: jax.Array,
+  branch_ids: jax.Array | None,
   at: jax.Array,
   targets: jax.Array,
   columns: jax.Array,
@@ -223,6 +223,12 @@ def _chunk(rows: int, vocab: int) -> int:
   """C: a power of two, so that it divides T."""
   most = min(LOGIT_ROWS, max(LOGITS // vocab, 1)) // rows
   return 1 << (min(max(most, 1), SMALLEST).bit_length() - 1)
+
+
+def _inputs(plan: Plan, batch: Batch) -> dict[str, np.ndarray | None]:
+  arrays = {name: getattr(batch, name) for name in ARRAYS}
+  # Splash attention is for rows of which it is known that they have no branches.
+  return arrays if plan.branched else arrays | {'branch_ids': None}
 
 
 def _placed(array: np.ndarray, mesh: Mesh | None) -> jax.Array:

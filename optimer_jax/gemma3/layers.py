@@ -19,7 +19,13 @@ import numpy as np
 from flax import nnx
 
 from optimer_jax.gemma3.config import Gemma3Config
-from optimer_jax.parallel.sharding import constrain
+from optimer_jax.gemma3.splash import Packed, attend
+from optimer_jax.parallel.sharding import constrain, platform
+
+# The residual stream and its norms are split by length over the devices that share heads and mlp:
+# these gather all tokens for their products, and scatter the sums of them.
+RESIDUAL = ('batch', 'residual_length', 'embed')
+WHOLE = ('batch', 'length', 'embed')
 
 
 def param(stack: tuple[int, ...], axes: tuple[str, ...], *shape: int) -> nnx.Param:
@@ -29,7 +35,7 @@ def param(stack: tuple[int, ...], axes: tuple[str, ...], *shape: int) -> nnx.Par
 def project(einsum: str, x: jax.Array, w: jax.Array) -> jax.Array:
   """`jnp.einsum` with the weight in x's dtype; on CPU over flattened tokens (faster there)."""
   w = w.astype(x.dtype)
-  if jax.default_backend() != 'cpu':
+  if platform() != 'cpu':
     return jnp.einsum(einsum, x, w)
   left, right = einsum.split('->')[0].split(',')
   contracted = sum(axis in right for axis in left)
@@ -115,12 +121,15 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm(h, 'head_dim', c.norm_eps, stack)
 
   def __call__(
-    self, x: jax.Array, r: Rope, view: View, cache: KVCache | None, prefix: KVCache | None
+    self, x: jax.Array, r: Rope, view: View | Packed, cache: KVCache | None, prefix: KVCache | None
   ) -> tuple[jax.Array, KVCache | None]:
     """x [B, T, D] to the same, and the cache after it: filled, begun, or None as there is none."""
     q = rotate(self.q_norm(project('BTD,DNH->BTNH', x, self.q_proj[...])), r)
     k = rotate(self.k_norm(project('BTD,DKH->BTKH', x, self.k_proj[...])), r)
     v = project('BTD,DKH->BTKH', x, self.v_proj[...])
+    if isinstance(view, Packed):
+      out = attend(q * self.scale, k, v, view)
+      return project('BTNH,NHD->BTD', out, self.o_proj[...]), None
     rows = jnp.arange(x.shape[0])[:, None]
     if view.slots is not None:
       k, v = cache = KVCache(
@@ -157,7 +166,8 @@ class MLP(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     gate = jax.nn.gelu(project('BTD,DF->BTF', x, self.gate_proj[...]), approximate=True)
     up = project('BTD,DF->BTF', x, self.up_proj[...])
-    return project('BTF,FD->BTD', gate * up, self.down_proj[...])
+    inner = constrain(gate * up, ('batch', 'length', 'mlp'))
+    return project('BTF,FD->BTD', inner, self.down_proj[...])
 
 
 class Block(nnx.Module):
@@ -175,14 +185,14 @@ class Block(nnx.Module):
     self,
     x: jax.Array,
     r: Rope,
-    view: View,
+    view: View | Packed,
     cache: KVCache | None = None,
     prefix: KVCache | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
-    y, cache = self.attn(self.pre_attn_norm(x), r, view, cache, prefix)
-    x = x + self.post_attn_norm(y)
-    x = x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
-    return x, cache
+    y, cache = self.attn(constrain(self.pre_attn_norm(x), WHOLE), r, view, cache, prefix)
+    x = x + self.post_attn_norm(constrain(y, RESIDUAL))
+    y = self.mlp(constrain(self.pre_mlp_norm(x), WHOLE))
+    return x + self.post_mlp_norm(constrain(y, RESIDUAL)), cache
 
 
 class Embedder(nnx.Module):

@@ -20,11 +20,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optimer_jax.errors import UsageError
 from optimer_jax.gemma3.config import PERIOD, Gemma3Config
-from optimer_jax.gemma3.layers import Block, Embedder, KVCache, RMSNorm, View, rope
-from optimer_jax.parallel.sharding import constrain
+from optimer_jax.gemma3.layers import RESIDUAL, WHOLE, Block, Embedder, KVCache, RMSNorm, View, rope
+from optimer_jax.gemma3.splash import SAVED, Packed, divides
+from optimer_jax.parallel.sharding import constrain, platform
 
 KINDS = ('local', 'global')
+# How `hidden` attends where it can choose; 'auto' is 'splash' on TPU and 'plain' elsewhere.
+ATTENTION = ('auto', 'plain', 'splash')
+# What a layer keeps for its gradient beside its input, and does not compute again.
+_policies = jax.checkpoint_policies
+REMAT = {
+  'none': None,  # no rematerialisation: it keeps everything
+  'layer': _policies.nothing_saveable,
+  # The products with weights, and what splash attention would have to be computed again for.
+  'dots': _policies.save_from_both_policies(
+    _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(SAVED)
+  ),
+}
 # The caches of all layers: a tuple in the order of the layers, or stacks as the parameters have.
 Layers = tuple[KVCache, ...] | dict[str, KVCache]
 
@@ -36,8 +50,22 @@ class Model:
   config: Gemma3Config
   dtype: str = 'float32'  # of activations and matrix products
   scan: bool = False
-  remat: bool = True  # keep a layer's input only, and compute the rest again for the gradient
+  attention: str = 'auto'  # one of ATTENTION
+  remat: str = 'layer'  # what a layer keeps for its gradient: one of REMAT
   loss_chunks: int = 4  # pieces of the row whose logits are held at once
+
+  def __post_init__(self):
+    check_choices(self)
+
+
+def check_choices(settings) -> None:
+  """UsageError where the `attention` or `remat` of a dataclass is none that there is."""
+  for key, known in {'attention': ATTENTION, 'remat': REMAT}.items():
+    value = getattr(settings, key)
+    if value not in known:
+      raise UsageError(
+        f'{type(settings).__name__}.{key} is {value!r}: it must be one of {", ".join(known)}'
+      )
 
 
 class Transformer(nnx.Module):
@@ -65,12 +93,10 @@ class Transformer(nnx.Module):
       'local': rope(positions, c.head_dim, c.local_theta),
       'global': rope(positions, c.head_dim, c.global_theta, c.rope_scale),
     }
-    x = constrain(
-      self.embedder.encode(tokens, jnp.dtype(model.dtype)), ('batch', 'length', 'embed')
-    )
+    x = constrain(self.embedder.encode(tokens, jnp.dtype(model.dtype)), RESIDUAL)
     walk = self._scan if model.scan else self._unroll
     x, cache = walk(model, x, ropes, views, cache, prefix)
-    return self.final_norm(x), cache
+    return constrain(self.final_norm(x), WHOLE), cache
 
   def _unroll(self, model, x, ropes, views, cache, prefix):
     layers, new = [None] * self.config.num_layers, []
@@ -80,7 +106,7 @@ class Transformer(nnx.Module):
       kind = 'global' if self.config.is_global(i) else 'local'
       graph, state = nnx.split(block)
       step = functools.partial(_block, graph)
-      step = jax.checkpoint(step) if model.remat else step
+      step = _remat(model, step)
       with jax.named_scope(f'layer_{i}'):
         x, layer_cache = step(state, x, ropes[kind], views[kind], *past)
       new.append(layer_cache)
@@ -92,8 +118,7 @@ class Transformer(nnx.Module):
 
     def step(graph, kind, x, state, *past):
       # Inside a scan nothing can be shared with the forward pass, so no barrier is needed.
-      block = functools.partial(_block, graph)
-      block = jax.checkpoint(block, prevent_cse=False) if model.remat else block
+      block = _remat(model, functools.partial(_block, graph), prevent_cse=False)
       return block(state, x, ropes[kind], views[kind], *past)
 
     def local_layers(block, x, *past):
@@ -120,7 +145,12 @@ class Transformer(nnx.Module):
 
 def _block(graph, state, x, r, view, cache, prefix):
   x, cache = nnx.merge(graph, state)(x, r, view, cache, prefix)
-  return constrain(x, ('batch', 'length', 'embed')), cache
+  return constrain(x, RESIDUAL), cache
+
+
+def _remat(model, block, **options):
+  policy = REMAT[model.remat]
+  return jax.checkpoint(block, policy=policy, **options) if policy else block
 
 
 @functools.lru_cache
@@ -164,7 +194,7 @@ def run(
   params: dict,
   tokens: jax.Array,
   positions: jax.Array,
-  views: dict[str, View],
+  views: dict[str, View | Packed],
   cache: Layers | None = None,
   prefix: Prefix | None = None,
 ) -> tuple[jax.Array, Layers]:
@@ -231,9 +261,12 @@ def hidden(
   positions: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   branch_ids: jax.Array | None = None,
-  prefix: 'Prefix | None' = None,
+  prefix: Prefix | None = None,
 ) -> jax.Array:
   """Hidden states [B, T, D] after the last norm, of rows that may pack several documents.
+
+  Splash attention, if the model says so, takes rows of a multiple of 128 tokens without branches
+  and prefix. All else goes the plain way, with masks and logits [B, T, T].
 
   Args:
     model: what to compute (static).
@@ -249,9 +282,14 @@ def hidden(
   batch, length = tokens.shape
   if positions is None:
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+  if segment_ids is None:
+    segment_ids = jnp.ones_like(tokens)
+  wanted = model.attention == 'splash' or (model.attention == 'auto' and platform() == 'tpu')
+  if wanted and divides(length) and branch_ids is None and prefix is None:
+    views = {'local': Packed(segment_ids, model.config.window), 'global': Packed(segment_ids, None)}
+    return run(model, params, tokens, positions, views)[0]
   seen = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
-  if segment_ids is not None:
-    seen &= segment_ids[:, :, None] == segment_ids[:, None, :]
+  seen &= segment_ids[:, :, None] == segment_ids[:, None, :]
   if branch_ids is not None:
     keys = branch_ids[:, None, :]
     seen &= (keys == 0) | (keys == branch_ids[:, :, None])

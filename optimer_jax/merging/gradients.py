@@ -51,7 +51,7 @@ def likelihood_slopes(
   tokens: jax.Array,
   positions: jax.Array,
   segment_ids: jax.Array,
-  branch_ids: jax.Array,
+  branch_ids: jax.Array | None,
   at: jax.Array,
   targets: jax.Array,
   factors: jax.Array,

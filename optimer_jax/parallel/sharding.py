@@ -1,7 +1,7 @@
 """One table from logical axes to mesh axes, and what follows from it.
 
 Mesh axes: `data` (batch only), `fsdp` (batch, and parameters split to save memory), `tensor`
-(heads and mlp split to share work).
+(heads and mlp split to share work, and between them the length to save memory).
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ MESH_AXES = ('data', 'fsdp', 'tensor')
 RULES = {
   'batch': ('data', 'fsdp'),
   'length': None,
+  'residual_length': 'tensor',  # where tokens are not looked at together: see gemma3.layers
   'embed': 'fsdp',
   'vocab': 'tensor',
   'mlp': 'tensor',
@@ -86,6 +87,15 @@ def shardings(axes: dict, abstract: dict, mesh: Mesh) -> dict:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows [B, …] split over the data and fsdp axes."""
   return NamedSharding(mesh, PartitionSpec(RULES['batch']))
+
+
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': of the mesh that `jax.set_mesh` named, else of this process.
+
+  The two differ where a program is compiled for TPUs without having one.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
