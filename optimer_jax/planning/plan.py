@@ -1,6 +1,5 @@
 """Compiles a case for its slice, and looks for the smallest slice on which a case fits."""
 
-import contextlib
 import dataclasses
 import re
 import time
@@ -110,7 +109,7 @@ def plan(case: Case) -> Plan:
   size = Size(step.bytes_before, None, None)
   if size.arguments <= limit:
     say(f'compiling {case.stage} of {case.size} for {case.topology.name} …')
-    with jax.set_mesh(mesh), _on_tpu():
+    with jax.set_mesh(mesh):
       size = _compiled(step)
   bound = roofline(counted, case.topology)
   return Plan(case, dict(mesh.shape), *size, limit, counted, bound)
@@ -166,17 +165,6 @@ def _compiled(step: Program) -> Size:
   new = m.output_size_in_bytes - m.alias_size_in_bytes  # not in the place of an argument
   temporaries = new + m.temp_size_in_bytes + m.generated_code_size_in_bytes
   return Size(beside + m.argument_size_in_bytes, temporaries, seconds)
-
-
-@contextlib.contextmanager
-def _on_tpu() -> Iterator[None]:
-  """Traces as on a TPU: some layers ask for the default backend, which is a CPU's here."""
-  real = jax.default_backend
-  jax.default_backend = lambda: 'tpu'
-  try:
-    yield
-  finally:
-    jax.default_backend = real
 
 
 COLUMNS = (

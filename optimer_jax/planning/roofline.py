@@ -72,7 +72,7 @@ def work(case: Case, mesh: Mapping[str, int]) -> Work:
   a_pass = size * (weights + 2 * config.num_layers * own * config.embed_dim)
   if case.stage == 'evaluate':
     return Work(forward, forward, a_pass, tokens)
-  again = 1 if case.remat else 0
+  again = 1 if case.remat == 'layer' else 0
   return Work(
     model_flops=3 * forward,
     flops=(3 + again) * forward,

@@ -42,7 +42,7 @@ class Case:
     vectors: K, of merge and evaluate.
     training: of train; its batch is the one above.
     dtype: of activations, and of the base, vectors and candidate of a search.
-    remat: compute a layer again for its gradient.
+    remat: what layers keep for their gradient, as in `gemma3.Model`.
 
   Raises:
     UsageError: an unknown size or stage, numbers below 1, a batch that A does not divide.
@@ -57,7 +57,7 @@ class Case:
   vectors: int = 5
   training: TrainConfig = TRAINING
   dtype: str = 'bfloat16'
-  remat: bool = True
+  remat: str = 'layer'
 
   def __post_init__(self):
     for what, name, names in (('size', self.size, SIZES), ('stage', self.stage, STAGES)):
@@ -157,7 +157,7 @@ def _evaluate(case: Case, mesh: Mesh) -> Program:
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   chunk = scoring._chunk(case.batch // ways, case.model.config.vocab_size)
   pieces = _whole((), jnp.int32, mesh)
-  rows = _rows(case, mesh, scoring.ARRAYS).values()
+  rows = (_rows(case, mesh, scoring.ARRAYS) | {'branch_ids': None}).values()  # plain documents
   return Program(
     scoring._score,
     (case.model, chunk, params, None, pieces, *rows),
