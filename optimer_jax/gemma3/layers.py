@@ -155,6 +155,11 @@ class Attention(nnx.Module):
     return project('BTNH,NHD->BTD', out, self.o_proj[...]), cache
 
 
+def gelu(x: jax.Array) -> jax.Array:
+  """x (1 + tanh u) / 2 = x sigmoid(2u): of 1 + tanh u nothing is left where u is far below 0."""
+  return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
 class MLP(nnx.Module):
   """GELU-gated feed-forward."""
 
@@ -164,7 +169,7 @@ class MLP(nnx.Module):
     self.down_proj = param(stack, ('mlp', 'embed'), c.mlp_dim, c.embed_dim)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate = jax.nn.gelu(project('BTD,DF->BTF', x, self.gate_proj[...]), approximate=True)
+    gate = gelu(project('BTD,DF->BTF', x, self.gate_proj[...]))
     up = project('BTD,DF->BTF', x, self.up_proj[...])
     inner = constrain(gate * up, ('batch', 'length', 'mlp'))
     return project('BTF,FD->BTD', inner, self.down_proj[...])

@@ -209,7 +209,8 @@ def test_choices_likelihoods_and_generations(files, tasks, expected, capsys):
 
   assert [figures[name]['count'] for name in TASKS] == [COUNT] * 3
   assert figures['choice']['same'] == figures['generation']['same'] == COUNT
-  assert all(abs(a - b).max() <= BOUND for a, b in choices) and len(apart) <= COUNT / 20
+  assert all(abs(a - b).max() <= BOUND for a, b in choices + rolling)
+  assert len(apart) <= COUNT / 20
   assert all(abs(rolling[i][0][0] - x) <= BOUND for i, x in truth.items())
   for a, b in single:
     np.testing.assert_allclose(a, b, rtol=1e-5)
