@@ -3,6 +3,7 @@
 import inspect
 import os
 import pickle
+import re
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -14,6 +15,7 @@ import jax
 import pytest
 from filelock import FileLock
 
+from optimer_jax.errors import UserError
 from optimer_jax.gemma3 import Gemma3Config
 
 
@@ -93,3 +95,24 @@ def drawn_once(figures, monkeypatch):
     for name, draw in inspect.getmembers(module, inspect.isfunction):
       if hasattr(draw, '__wrapped__'):  # `styled`
         monkeypatch.setattr(module, name, once(draw))
+
+
+def files_under(path: Path) -> set[str]:
+  return {str(file.relative_to(path)) for file in path.rglob('*')}
+
+
+@pytest.fixture
+def refused(tmp_path):
+  """Runs an action that must raise one sentence that says `named`, and must write nothing."""
+
+  def check(action, *named: str):
+    before = files_under(tmp_path)
+    with pytest.raises(UserError) as error:
+      action()
+    text = str(error.value)
+    assert '\n' not in text and not re.search(r'[.!?] [A-Z]', text) and len(text) < 600, text
+    for part in named:
+      assert part in text, text
+    assert files_under(tmp_path) == before
+
+  return check

@@ -117,7 +117,7 @@ def batches(planned) -> list:
 
 
 def programs() -> tuple[int, int]:
-  return scoring._score._cache_size(), scoring._prefix._cache_size()
+  return scoring.score_batch._cache_size(), scoring._prefix._cache_size()
 
 
 @pytest.mark.parametrize('scan', [False, True])
@@ -159,7 +159,7 @@ def test_windows_are_scored_whole_in_pieces():
   requests = [Continuation(bos, tokens_of(rng, 127 - i % 2)) for i in range(33)]
   planned = plan(requests, LONGEST, 32 * 128)
   assert planned.tokens == planned.lengths.sum()  # the last token is not computed, BOS is
-  assert scoring._chunk(32, VOCAB) < max(batch.scored for batch in batches(planned)) / 8
+  assert scoring.logit_slots(32, VOCAB) < max(batch.scored for batch in batches(planned)) / 8
   nats, greedy = plain(model, params, requests)
   found = log_likelihoods(model, params, planned)
   np.testing.assert_allclose(found.nats, nats, atol=4 * TOLERANCE, rtol=0)
@@ -301,7 +301,7 @@ def test_candidates_and_plans_share_programs():
     planned = plan([Continuation(bos, tokens_of(rng, length)) for _ in range(32)], 128, 4096)
     log_likelihoods(model, params_of(model), planned)
     shapes.append([batch.tokens.shape for batch in batches(planned)])
-    pieces.append([batch.scored // scoring._chunk(32, VOCAB) for batch in batches(planned)])
+    pieces.append([batch.scored // scoring.logit_slots(32, VOCAB) for batch in batches(planned)])
     counts.append(programs())
   assert shapes[0] == shapes[1] == [(32, 128)]
   assert pieces[0] != pieces[1]
@@ -399,7 +399,7 @@ def test_rows_are_little_longer_than_what_they_hold():
 @pytest.mark.parametrize('vocab', [300, 35_526, 262_144, 262_208])
 @pytest.mark.parametrize('rows', [1, 3, 16, 64, 512])
 def test_logits_held_at_once(rows, vocab):
-  chunk = scoring._chunk(rows, vocab)
+  chunk = scoring.logit_slots(rows, vocab)
   assert 128 % chunk == 0
   assert chunk == 1 or chunk * rows * vocab * 4 <= 2**27
   assert chunk == 1 or chunk * rows <= 256
@@ -424,7 +424,7 @@ def main(out: Path) -> None:
     batch = batches(planned)[-1]
     with jax.set_mesh(mesh):
       arrays = {name: scoring._placed(getattr(batch, name), mesh) for name in scoring.ARRAYS}
-      lowered = scoring._score.lower(model, 8, params, None, np.int32(1), **arrays)
+      lowered = scoring.score_batch.lower(model, 8, params, None, np.int32(1), **arrays)
     results[str(sizes)] = {
       'nats': found.nats.tolist(),
       'greedy': found.greedy.tolist(),

@@ -32,7 +32,9 @@ __all__ = [
   'gradient_plan',
   'likelihood_gradient',
   'log_likelihoods',
+  'logit_slots',
   'plan',
+  'score_batch',
 ]
 
 # What a program takes of a batch.
@@ -74,10 +76,10 @@ def log_likelihoods(model: Model, params: dict, plan: Plan, mesh: Mesh | None = 
         prefix = _prefix(model, params, group.prefix, np.int32(group.length))
       queued = []
       for batch in group.batches:
-        chunk = _chunk(len(batch.tokens) // plan.shards, model.config.vocab_size)
+        chunk = logit_slots(len(batch.tokens) // plan.shards, model.config.vocab_size)
         arrays = jax.tree.map(lambda a: _placed(a, mesh), _inputs(plan, batch))
         pieces = np.int32(-(-batch.scored // chunk))
-        queued.append(_score(model, chunk, params, prefix, pieces, **arrays))
+        queued.append(score_batch(model, chunk, params, prefix, pieces, **arrays))
       # The device always has a group's work to go on with, and never more than two prefixes.
       if results:
         jax.block_until_ready(results[-1])
@@ -140,7 +142,7 @@ def likelihood_gradient(
   results = []
   with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
     for batch in batches:
-      chunk = _chunk(len(batch.tokens) // plan.shards, model.config.vocab_size)
+      chunk = logit_slots(len(batch.tokens) // plan.shards, model.config.vocab_size)
       real = batch.owner >= 0
       arrays = {
         'factors': np.where(real, distinct[batch.owner], 0).astype(np.float32),
@@ -175,7 +177,7 @@ _prefix = jax.jit(prefix_cache, static_argnames='model')
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'chunk'))
-def _score(
+def score_batch(
   model: Model,
   chunk: int,
   params: dict,
@@ -219,8 +221,8 @@ def _slopes(model: Model, chunk: int, params: dict, vectors: tuple, pieces: jax.
   return jax.tree.map(lambda a: constrain(a, (None,) * a.ndim), found)  # whole on every process
 
 
-def _chunk(rows: int, vocab: int) -> int:
-  """C: a power of two, so that it divides T."""
+def logit_slots(rows: int, vocab: int) -> int:
+  """C, for B rows on a device and V pieces: a power of two, so that it divides T."""
   most = min(LOGIT_ROWS, max(LOGITS // vocab, 1)) // rows
   return 1 << (min(max(most, 1), SMALLEST).bit_length() - 1)
 

@@ -18,7 +18,7 @@ from optimer_jax.gemma3 import SIZES, Model, abstract_params, logical_axes
 from optimer_jax.merging.weighted_sum import weighted_sum
 from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, shardings
 from optimer_jax.planning.topologies import Topology
-from optimer_jax.training.train import TrainConfig, optimizer, train_step
+from optimer_jax.training.train import TrainConfig, abstract_state, train_step
 
 
 class UnsuitableMesh(UsageError):
@@ -131,7 +131,7 @@ def program(case: Case, mesh: Mesh) -> Program:
 def _train(case: Case, mesh: Mesh) -> Program:
   config = dataclasses.replace(case.training, batch=case.batch)
   rows = _rows(case, mesh, ('tokens', 'positions', 'segment_ids'))
-  return Program(train_step, (case.model, config, _state(case.model, config, mesh), rows))
+  return Program(train_step, (case.model, config, abstract_state(config, case.model, mesh), rows))
 
 
 @jax.jit
@@ -155,11 +155,11 @@ def _evaluate(case: Case, mesh: Mesh) -> Program:
   """One batch of requests to a candidate, with the pool that it was merged from at hand."""
   params = _params(case.model, case.dtype, mesh)
   ways = mesh.shape['data'] * mesh.shape['fsdp']
-  chunk = scoring._chunk(case.batch // ways, case.model.config.vocab_size)
+  chunk = scoring.logit_slots(case.batch // ways, case.model.config.vocab_size)
   pieces = _whole((), jnp.int32, mesh)
   rows = (_rows(case, mesh, scoring.ARRAYS) | {'branch_ids': None}).values()  # plain documents
   return Program(
-    scoring._score,
+    scoring.score_batch,
     (case.model, chunk, params, None, pieces, *rows),
     beside=(params,) * (1 + case.vectors),
   )
@@ -167,35 +167,15 @@ def _evaluate(case: Case, mesh: Mesh) -> Program:
 
 def _params(model: Model, dtype: str, mesh: Mesh) -> dict:
   abstract = abstract_params(model, jnp.dtype(dtype))
-  return _placed(abstract, shardings(logical_axes(model), abstract, mesh))
-
-
-def _state(model: Model, config: TrainConfig, mesh: Mesh) -> dict:
-  """What `train_step` takes: moments lie where their parameters lie, counters everywhere."""
-  params = _params(model, 'float32', mesh)
-  structure = jax.tree.structure(params)
-
-  def is_params(node) -> bool:
-    return jax.tree.structure(node) == structure
-
-  def place(node):
-    if is_params(node):
-      return _placed(node, jax.tree.map(lambda p: p.sharding, params))
-    return jax.tree.map(lambda a: _whole(a.shape, a.dtype, mesh), node)
-
-  moments = jax.eval_shape(optimizer(config).init, params)
-  return {'params': params, 'optimizer': jax.tree.map(place, moments, is_leaf=is_params)}
+  places = shardings(logical_axes(model), abstract, mesh)
+  place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+  return jax.tree.map(place, abstract, places)
 
 
 def _rows(case: Case, mesh: Mesh, names: tuple[str, ...]) -> Mapping[str, jax.ShapeDtypeStruct]:
   """int32 [B, T] of each name."""
   shape, place = (case.batch, case.length), batch_sharding(mesh)
   return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name in names}
-
-
-def _placed(abstract: dict, places: dict) -> dict:
-  place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
-  return jax.tree.map(place, abstract, places)
 
 
 def _whole(shape: tuple[int, ...], dtype, mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -11,6 +11,7 @@ from jax.experimental.topologies import get_topology_desc
 
 from optimer_jax.errors import UsageError, UserError
 from optimer_jax.parallel.startup import quiet_libtpu
+from optimer_jax.training.metrics import PEAK_FLOPS
 
 CHIPS_PER_HOST = 4  # of a slice of several hosts; a host is a virtual machine, one JAX process
 
@@ -42,10 +43,10 @@ class Chip:
 # specifications. Limits: what libtpu says that a program too large exceeds; of 0.0.42 and 0.0.52,
 # which differ by 0.01, the smaller.
 CHIPS = {
-  'v4': Chip(275e12, 32, 30.75, 1200e9, axes=3, configuration='megacore'),
-  'v5e': Chip(197e12, 16, 15.75, 819e9, axes=2),
-  'v5p': Chip(459e12, 95, 95.73, 2765e9, axes=3),
-  'v6e': Chip(918e12, 32, 31.24, 1638e9, axes=2),
+  'v4': Chip(PEAK_FLOPS['TPU v4'], 32, 30.75, 1200e9, axes=3, configuration='megacore'),
+  'v5e': Chip(PEAK_FLOPS['TPU v5 lite'], 16, 15.75, 819e9, axes=2),
+  'v5p': Chip(PEAK_FLOPS['TPU v5p'], 95, 95.73, 2765e9, axes=3),
+  'v6e': Chip(PEAK_FLOPS['TPU v6 lite'], 32, 31.24, 1638e9, axes=2),
 }
 
 # The slices of the same pages, smallest first: all of v5e and v6e, and of v4 and v5p those whose

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from optimer_jax.checkpoints.leaves import digest, orbax_context
@@ -296,17 +297,14 @@ def _check_identity(directory: Path, identity: Mapping) -> None:
 
 
 def _restore_or_start(config, model, read_base, saves, devices, directory):
-  placement = shardings(logical_axes(model), abstract_params(model), devices)
   if saves.latest is None:
+    placement = shardings(logical_axes(model), abstract_params(model), devices)
     params = from_leaves(model, {k: np.asarray(v, np.float32) for k, v in read_base().items()})
     # Donated later: the device's copy must not share the caller's memory.
     params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=placement)(params)
     opt_state = jax.jit(optimizer(config).init)(params)
     return {'params': params, 'optimizer': opt_state}, 0
-  abstract = jax.eval_shape(
-    lambda p: {'params': p, 'optimizer': optimizer(config).init(p)}, abstract_params(model)
-  )
-  abstract = _place(abstract, placement, devices)
+  abstract = abstract_state(config, model, devices)
   step = saves.latest.step
   try:
     state = saves.load(step, abstract)
@@ -323,8 +321,13 @@ def _restore_or_start(config, model, read_base, saves, devices, directory):
   return state, step
 
 
-def _place(abstract: dict, placement: dict, devices) -> dict:
-  """Moments are placed as the parameters that they belong to, counters everywhere."""
+def abstract_state(config: TrainConfig, model: Model, devices: Mesh) -> dict:
+  """What `train_step` takes, as `jax.ShapeDtypeStruct`s placed on the mesh `devices`.
+
+  Moments are placed as the parameters that they belong to, counters everywhere.
+  """
+  params = abstract_params(model)
+  placement = shardings(logical_axes(model), params, devices)
   whole = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
   structure = jax.tree.structure(placement)
 
@@ -337,7 +340,8 @@ def _place(abstract: dict, placement: dict, devices) -> dict:
       lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), node, target
     )
 
-  return jax.tree.map(put, abstract, is_leaf=is_params)
+  state = jax.eval_shape(lambda p: {'params': p, 'optimizer': optimizer(config).init(p)}, params)
+  return jax.tree.map(put, state, is_leaf=is_params)
 
 
 def _save(saves, step: int, state: dict, directory: Path) -> None:
