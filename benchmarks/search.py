@@ -84,6 +84,18 @@ def search(surface: Surface, objective: str, name: str, seed: int) -> dict:
   points, scalars, observed, seconds = [], [], [], []
   regrets = {column: [] for column in ([name, f'{name}+fit'] if name in FITTED else [name])}
   regret = lambda w: float((plain(surface.losses(w)) - surface.best) / surface.gain)
+
+  def recommended(column):
+    """The weights [K] that `column` recommends after what was observed."""
+    if column == name and name in ('tpe', 'random'):
+      return points[int(np.argmin(scalars))]
+    if column == 'vizier':
+      pairs = [(trial.point, trial.objective) for trial in observed]
+      found, _ = surrogate_optimum(space, seed, pairs)
+    else:
+      found = recommend(space, seed, tasks, traced, observed).point
+    return np.array([found[n] for n in names])
+
   with tempfile.TemporaryDirectory() as folder:
     sampler = make_sampler(name, space, seed, tasks, traced, Path(folder) / 'study.db')
     for trial in range(TRIALS):
@@ -106,20 +118,11 @@ def search(surface: Surface, objective: str, name: str, seed: int) -> dict:
       by_task = dict(zip(tasks, map(float, losses), strict=True))
       observed.append(Observation(point, scalars[-1], by_task, gradients=gradients))
       sampler.observe(observed[-1])
-      if trial == 0:
-        recommended = {column: w for column in regrets}
-      else:
-        found = recommend(space, seed, tasks, traced, observed).point
-        recommended = {[*regrets][-1]: np.array([found[n] for n in names])}
-        if name == 'vizier':
-          pairs = [(trial.point, trial.objective) for trial in observed]
-          own, _ = surrogate_optimum(space, seed, pairs)
-          recommended[name] = np.array([own[n] for n in names])
-        elif name in FITTED:
-          recommended[name] = points[int(np.argmin(scalars))]
-      for column, best in recommended.items():
-        regrets[column].append(regret(best))
-      if all(min(column) < TARGET for column in regrets.values()):
+      for column, found in regrets.items():
+        if found and found[-1] < TARGET:
+          continue  # It has arrived.
+        found.append(regret(w if trial == 0 else recommended(column)))
+      if all(found[-1] < TARGET for found in regrets.values()):
         break
   return {'regrets': regrets, 'seconds': seconds}
 

@@ -6,7 +6,8 @@ import os
 import sys
 
 from optimer_jax import __version__
-from optimer_jax.errors import UsageError, UserError
+from optimer_jax.errors import Preempted, UsageError, UserError
+from optimer_jax.progress import say
 
 VERBS = {
   'pipeline': """The whole path: import, train, extract, search, merge, export, evaluate, report.
@@ -85,7 +86,7 @@ Writes RUN/report/index.html and the pictures beside it. Costs seconds.""",
 
 
 def main(arguments: list[str] | None = None) -> None:
-  """Runs a verb and exits: 0 done, 1 failed, 2 usage."""
+  """Runs a verb and exits: 0 done, 1 failed, 2 usage, 75 stopped by SIGTERM and saved."""
   arguments = sys.argv[1:] if arguments is None else arguments
   options, extra = _parser().parse_known_args(arguments)
   bindings = list(options.gin_bindings)
@@ -100,6 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
       raise
     print(f'optimer {options.verb}: {error}', file=sys.stderr)
     sys.exit(2 if isinstance(error, UsageError) else 1)
+  except Preempted as error:
+    say(f'optimer {options.verb}: {error}; the same command goes on from here')
+    sys.exit(75)
   except KeyboardInterrupt:
     print(f'optimer {options.verb}: stopped; the same command goes on from here', file=sys.stderr)
     sys.exit(1)

@@ -1,4 +1,4 @@
-"""The two errors that a user can do something about."""
+"""What ends a command early: two errors that a user can do something about, and preemption."""
 
 
 class UserError(Exception):
@@ -7,3 +7,10 @@ class UserError(Exception):
 
 class UsageError(UserError):
   """The command itself was wrong: an unknown name, flag or value. The command line exits 2."""
+
+
+class Preempted(Exception):
+  """SIGTERM came and everything is saved: the command line exits 75, and the same command goes on.
+
+  75 is EX_TEMPFAIL of sysexits.h, which a JobSet can restart on without counting it as a failure.
+  """
