@@ -6,9 +6,13 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
+speaks = True  # One of several processes speaks: see parallel.startup.
+
 
 def say(text: str) -> None:
   """One plain line for the person who waits."""
+  if not speaks:
+    return
   tqdm.write(text, file=sys.stderr)
   sys.stderr.flush()
 
@@ -25,6 +29,9 @@ def progress(
     unit: of what is counted.
     initial: how many were done before.
   """
+  if not speaks:
+    yield from iterable
+    return
   if sys.stderr.isatty():
     yield from tqdm(iterable, total=total, desc=what, unit=unit, initial=initial)
     return

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import jax
 
+from optimer_jax import progress
+from optimer_jax.parallel.processes import primary
+
 
 def start(cache: Path) -> None:
-  """Keeps compiled programs in `cache`, and the libraries' chatter off the terminal."""
+  """Joins the run's other processes, keeps compiled programs in `cache`, and libraries quiet."""
   jax.config.update('jax_compilation_cache_dir', str(cache / 'compiled'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
   logging.getLogger('absl').setLevel(logging.ERROR)
@@ -22,6 +25,18 @@ def start(cache: Path) -> None:
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   sys.unraisablehook = _unraisable
   quiet_libtpu()
+  join()
+
+
+def join() -> None:
+  """Makes this process one of several that run the same program, where the environment says so.
+
+  JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  """
+  if address := os.environ.get('JAX_COORDINATOR_ADDRESS'):
+    number, count = (int(os.environ[f'JAX_{key}']) for key in ('PROCESS_ID', 'NUM_PROCESSES'))
+    jax.distributed.initialize(address, count, number)
+  progress.speaks = primary()
 
 
 def quiet_libtpu(attached: bool = False) -> None:
