@@ -23,21 +23,22 @@ Regret is that of the recommendation after each trial, without noise, over what 
 composite and gradient recommend the optimum of the tasks' model, vizier that of its own GP, tpe and
 random the best that they observed. In the columns named +fit, the tasks' model is fitted to what
 vizier, tpe or random observed, and its optimum recommended, as a study does. A search ends once its
-regrets have been below 1%, or after 40 trials. A trial costs one forward evaluation, and one with
-gradients three.
+regrets have been below 1%, or when it has cost 40 forward evaluations: a trial costs one, and one
+with gradients three.
 
 Results are appended to --out, a line for each surface, sampler and seed, and what stands there is
 not run again: the whole takes hours, and may be stopped and started, and shared by two processes
 with other --samplers. --minutes ends it earlier.
 The tables and the last line are of the runs in the file. Differences are between the forward
 equivalents of one surface and seed, where a search that did not arrive counts as one trial more
-than it was given; their intervals are bootstrap intervals (95%) of the mean.
+than it could have; their intervals are bootstrap intervals (95%) of the mean.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -56,7 +57,7 @@ from optimer_jax.search.samplers import Observation, make_sampler, recommend
 from optimer_jax.search.vizier import surrogate_optimum
 
 OUT = Path(__file__).parent / 'results' / 'search' / 'runs.jsonl'
-TRIALS, SEEDS, TARGET = 40, 10, 0.01
+BUDGET, SEEDS, TARGET = 40, 10, 0.01
 COST = {'gradient': 3}  # Forward evaluations a trial; 1 for the others.
 TRACED = {'mean': jnp.mean, 'worst': jnp.max}
 FITTED = ('vizier', 'tpe', 'random')  # Those whose trials the composite's model is fitted to also.
@@ -98,7 +99,7 @@ def search(surface: Surface, objective: str, name: str, seed: int) -> dict:
 
   with tempfile.TemporaryDirectory() as folder:
     sampler = make_sampler(name, space, seed, tasks, traced, Path(folder) / 'study.db')
-    for trial in range(TRIALS):
+    for trial in range(trials(name)):
       if trial < 2:
         point = dict.fromkeys(names, (1 / k, 0.0)[trial])
       else:
@@ -149,6 +150,11 @@ def cases(options: argparse.Namespace) -> dict[str, tuple[str, Callable[[int], S
   return found
 
 
+def trials(column: str) -> int:
+  """How many a search may have."""
+  return BUDGET // COST.get(column, 1)
+
+
 def arrival(regrets: list[float]) -> int | None:
   """The first trial after which regret was below the target."""
   return next((i for i, regret in enumerate(regrets, 1) if regret < TARGET), None)
@@ -156,12 +162,12 @@ def arrival(regrets: list[float]) -> int | None:
 
 def median(arrivals: list[int | None]) -> float | None:
   """None if half of the searches or more never arrived."""
-  found = statistics.median([TRIALS * 100 if x is None else x for x in arrivals])
-  return None if found > TRIALS else found
+  found = statistics.median([float('inf') if x is None else x for x in arrivals])
+  return found if math.isfinite(found) else None
 
 
 def forwards(column: str, arrived: int | None) -> int:
-  return COST.get(column, 1) * (TRIALS + 1 if arrived is None else arrived)
+  return COST.get(column, 1) * (trials(column) + 1 if arrived is None else arrived)
 
 
 def interval(differences: list[float]) -> list[float]:
@@ -179,11 +185,11 @@ def report(runs: list[dict]) -> dict:
   columns = sorted({column for found in arrived.values() for column in found})
   print('median trials to 1% regret')
   print(f'{"surface":20}{"seeds":>6}' + ''.join(f'{column:>12}' for column in columns))
-  trials, equivalents, paired = {}, {}, {}
+  medians_of, equivalents, paired = {}, {}, {}
   wins = {f'{a}_against_{b}': [0, 0, 0] for a, b in PAIRS}
   for surface, found in arrived.items():
     medians = {column: median([*found[column].values()]) for column in columns if column in found}
-    trials[surface] = medians
+    medians_of[surface] = medians
     equivalents[surface] = {
       column: None if x is None else COST.get(column, 1) * x for column, x in medians.items()
     }
@@ -212,7 +218,7 @@ def report(runs: list[dict]) -> dict:
     if run['surface'].startswith('K4_'):
       seconds.setdefault(run['sampler'], []).extend(run['seconds'])
   return {
-    'trials_to_1pct': trials,
+    'trials_to_1pct': medians_of,
     'forward_equivalents_to_1pct': equivalents,
     'paired_forward_equivalents': paired,
     'suggest_s_p50': {

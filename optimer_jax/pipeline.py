@@ -128,7 +128,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
     leaves, spent = train(
       run.training,
       model,
-      lambda: store.load(run.path / 'base', 'base')[1],
+      lambda placed: store.load(run.path / 'base', 'base', shardings=placed)[1],
       mixture({name: rows}, {name: 1.0}, run.training.seed),
       work,
       name=name,
@@ -156,7 +156,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
         new / 'metrics.jsonl', (work / 'metrics.jsonl').read_text(encoding='utf-8')
       ),
     )
-    finish(work)
+    finish(work, run.training)
   return manifest
 
 

@@ -72,7 +72,7 @@ def run(model, directory, config=CONFIG, evaluate=None, identity=None, leaves=No
   return train(
     config,
     model,
-    lambda: leaves or init_leaves(model.config, 0),
+    lambda placed: jax.device_put(leaves or init_leaves(model.config, 0), placed),
     dataset(model.config.vocab_size),
     directory,
     name='random',
@@ -239,8 +239,8 @@ def test_damaged_state_is_named(small, tmp_path):
   largest.write_bytes(content)
   with pytest.raises(UserError, match=r'state (is damaged|cannot be read) at step 3'):
     run(Model(small), tmp_path)
-  finish(tmp_path)
-  assert not (tmp_path / 'state').exists()
+  finish(tmp_path, CONFIG)
+  assert not [*(tmp_path / 'state').iterdir()]
 
 
 def test_not_finite_stops_with_step_and_batch(small, tmp_path):

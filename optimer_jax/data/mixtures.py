@@ -46,23 +46,20 @@ def mixture(rows: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -
 
 
 def global_batch(
-  dataset: grain.MapDataset, step: int, batch: int, host: int = 0, hosts: int = 1
+  dataset: grain.MapDataset, step: int, batch: int, first: int = 0, last: int | None = None
 ) -> dict[str, np.ndarray]:
-  """This host's [B / hosts, T] of the global batch of `step`.
+  """Rows `first` to `last` (all, by default) of the global batch [B, T] of `step`.
 
-  Over all hosts, in order, they make the same batch whatever the number of hosts. Raises UserError
-  if `batch` does not divide by `hosts`, and for a data set shorter than one batch.
+  A row is the same whoever asks for it. Raises UserError for a data set shorter than one batch.
   """
-  if batch % hosts:
-    raise UserError(f'a batch of {batch} rows does not divide among {hosts} hosts: change either')
   for rows in _data_sets(dataset):
     if len(rows) < batch:
       raise UserError(
         f'{rows.name} has {len(rows)} rows, less than one batch of {batch}: give it more text, or '
         'take a smaller batch or shorter rows'
       )
-  first = step * batch + host * (batch // hosts)
-  examples = [dataset[first + index] for index in range(batch // hosts)]
+  wanted = range(batch)[first:last]
+  examples = [dataset[step * batch + row] for row in wanted]
   return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 

@@ -18,7 +18,8 @@ from optimer_jax.gemma3 import SIZES, Model, abstract_params, logical_axes
 from optimer_jax.merging.weighted_sum import weighted_sum
 from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, shardings
 from optimer_jax.planning.topologies import Topology
-from optimer_jax.training.train import TrainConfig, abstract_state, train_step
+from optimer_jax.training.state import abstract_state
+from optimer_jax.training.train import TrainConfig, optimizer, train_step
 
 
 class UnsuitableMesh(UsageError):
@@ -131,7 +132,8 @@ def program(case: Case, mesh: Mesh) -> Program:
 def _train(case: Case, mesh: Mesh) -> Program:
   config = dataclasses.replace(case.training, batch=case.batch)
   rows = _rows(case, mesh, ('tokens', 'positions', 'segment_ids'))
-  return Program(train_step, (case.model, config, abstract_state(config, case.model, mesh), rows))
+  state = abstract_state(optimizer(config), case.model, mesh)
+  return Program(train_step, (case.model, config, state, rows))
 
 
 @jax.jit

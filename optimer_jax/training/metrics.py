@@ -7,6 +7,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from optimer_jax.files import append_jsonl, read_jsonl, write_text
+from optimer_jax.parallel.processes import primary
 
 # Peak bfloat16 FLOP/s of one device, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -20,25 +21,32 @@ PEAK_FLOPS = {
 
 
 class MetricsWriter:
-  """Appends to DIRECTORY/metrics.jsonl and an event file beside it.
+  """Appends to DIRECTORY/metrics.jsonl and an event file beside it; of several processes, one does.
 
   What an interrupted run wrote after the step that is resumed from is dropped, so that a step
   stands in the file once.
   """
 
   def __init__(self, directory: Path, resumed_step: int):
-    self.path = directory / 'metrics.jsonl'
-    rows = [row for row in read_jsonl(self.path) if row['step'] <= resumed_step]
-    write_text(self.path, ''.join(json.dumps(row) + '\n' for row in rows))
-    self.events = SummaryWriter(str(directory), purge_step=resumed_step + 1)
+    self.path, self.events = directory / 'metrics.jsonl', None
+    if primary():
+      rows = [row for row in read_jsonl(self.path) if row['step'] <= resumed_step]
+      write_text(self.path, ''.join(json.dumps(row) + '\n' for row in rows))
+      self.events = SummaryWriter(str(directory), purge_step=resumed_step + 1)
 
   def write(self, step: int, **values: float) -> None:
-    append_jsonl(self.path, {'step': step, **values})
-    for name, value in values.items():
-      self.events.add_scalar(name, value, step)
+    if self.events:
+      append_jsonl(self.path, {'step': step, **values})
+      for name, value in values.items():
+        self.events.add_scalar(name, value, step)
+
+  def looked(self, step: int) -> bool:
+    """Whether something but the step's own loss was written of it."""
+    return any(row['step'] == step and 'loss' not in row for row in read_jsonl(self.path))
 
   def close(self) -> None:
-    self.events.close()
+    if self.events:
+      self.events.close()
 
 
 def model_flops_utilisation(flops_per_s: float) -> float | None:

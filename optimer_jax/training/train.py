@@ -15,25 +15,17 @@ from pathlib import Path
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh
-from orbax.checkpoint import v1 as ocp
+from jax.sharding import NamedSharding
 
-from optimer_jax.checkpoints.leaves import digest, orbax_context
 from optimer_jax.data.mixtures import global_batch
-from optimer_jax.errors import UserError
-from optimer_jax.files import no_room, read_json, write_json
-from optimer_jax.gemma3 import (
-  Model,
-  abstract_params,
-  from_leaves,
-  logical_axes,
-  to_leaves,
-  token_nats,
-)
-from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh, shardings
+from optimer_jax.errors import Preempted, UserError
+from optimer_jax.files import read_json, write_json
+from optimer_jax.gemma3 import Model, to_leaves, token_nats
+from optimer_jax.parallel.processes import once, preemption, primary
+from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh
 from optimer_jax.progress import progress, say
+from optimer_jax.training import state as states
 from optimer_jax.training.metrics import MetricsWriter, model_flops_utilisation
 
 
@@ -50,23 +42,41 @@ class TrainConfig:
   b1: float = 0.9
   b2: float = 0.95
   weight_decay: float = 0.0
+  first_moment: str = 'float32'  # as it is stored; bfloat16 saves a sixth of the state
   clip: float = 1.0  # global norm of the gradient
   seed: int = 0
   evaluate_every: int = 100
-  save_every: int = 100
+  save_every: int = 100  # a state, until the next one is saved
+  save_minutes: float = 0.0  # one also when it was saved so long ago; 0: by steps alone
+  keep_states_every: int = 0  # states that stay, also when the run is done; 0 keeps none
   keep_every: int = 0  # keep the parameters, to see how straight the way was; 0 keeps none
+
+
+_NO_MATTER = ('save_minutes', 'keep_states_every', 'keep_every')  # for the result
 
 
 def settings_of(config: TrainConfig) -> dict:
   """What the result depends on."""
-  return {key: v for key, v in dataclasses.asdict(config).items() if key != 'keep_every'}
+  found = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NO_MATTER}
+  if config.first_moment == 'float32':
+    del found['first_moment']  # Runs that were begun without the setting go on.
+  return found
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-  """AdamW after clipping, with linear warmup and cosine decay."""
+  """AdamW after clipping, with linear warmup and cosine decay.
+
+  The second moment stays float32: its digits decide the length of a step.
+  """
   return optax.chain(
     optax.clip_by_global_norm(config.clip),
-    optax.adamw(schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    optax.adamw(
+      schedule(config),
+      b1=config.b1,
+      b2=config.b2,
+      weight_decay=config.weight_decay,
+      mu_dtype=config.first_moment,
+    ),
   )
 
 
@@ -116,23 +126,22 @@ def train_step(
     ((nats, targets), grads), _ = jax.lax.scan(add, zero, pieces)
   # Pieces may hold different numbers of targets: the mean is taken over the whole batch.
   grads = jax.tree.map(lambda g: g / targets, grads)
-  updates, opt_state = optimizer(config).update(grads, state['optimizer'], state['params'])
+  adamw = optimizer(config)
+  updates, opt_state = adamw.update(grads, state['optimizer'], state['params'])
   metrics = {
     'loss': nats / targets,
     'targets': targets,
     'grad_norm': optax.tree.norm(grads),
     'update_norm': optax.tree.norm(updates),
   }
-  return {
-    'params': optax.apply_updates(state['params'], updates),
-    'optimizer': opt_state,
-  }, metrics
+  new = {'params': optax.apply_updates(state['params'], updates), 'optimizer': opt_state}
+  return states.placed(adamw, model, new), metrics
 
 
 def train(
   config: TrainConfig,
   model: Model,
-  read_base: Callable[[], Mapping[str, np.ndarray]],
+  read_base: states.ReadBase,
   dataset: grain.MapDataset,
   directory: Path,
   *,
@@ -144,11 +153,14 @@ def train(
 ) -> tuple[dict[str, jax.Array], dict]:
   """Trains to the last step, from the last saved state if there is one.
 
+  Several processes train together, on the devices of all: each calls this with the same arguments
+  and makes the rows that its own devices need. SIGTERM to any of them has all save the same step.
+
   Args:
     config: the run.
     model: what to compute.
-    read_base: gives the base's leaves, trained as float32 masters; called only where no state is
-      saved yet, and what it gives is not kept.
+    read_base: gives the base's leaves where it is told to, trained as float32 masters; called only
+      where no state is saved yet, and what it gives is not kept.
     dataset: rows, as `data.mixtures.mixture` gives them.
     directory: holds state/, metrics.jsonl and event files; its state is deleted by `finish`.
     name: the data set's name, for people.
@@ -166,12 +178,13 @@ def train(
     UserError: another run's directory, a warmup longer than the run, a batch that the mesh or A
       does not divide, a loss that is not finite (the step and the batch are named), a damaged
       state.
+    Preempted: SIGTERM came, and the state is saved.
   """
   if not 0 <= config.warmup < config.steps:
     raise UserError(f'{config.warmup} warmup steps do not fit into {config.steps} steps')
   if config.batch % config.accumulate:
     raise UserError(f'batch {config.batch} does not divide into {config.accumulate} pieces')
-  _check_identity(directory, {**settings_of(config), **identity})
+  once(lambda: _check_identity(directory, {**settings_of(config), **identity}))
   devices = make_mesh(mesh)
   rows_at_once = config.batch // config.accumulate
   if rows_at_once % (devices.shape['data'] * devices.shape['fsdp']):
@@ -179,43 +192,38 @@ def train(
       f'{rows_at_once} rows cannot be split over data={devices.shape["data"]} x '
       f'fsdp={devices.shape["fsdp"]} devices: change batch, accumulate or the mesh'
     )
-  with jax.set_mesh(devices), orbax_context():
-    saves = ocp.training.Checkpointer(
-      (directory / 'state').absolute(),
-      preservation_policy=ocp.training.preservation_policies.LatestN(1),
-      cleanup_tmp_directories=True,
-    )
-    # Closing waits for a save that is under way, also when the run stops by an error.
-    with contextlib.closing(saves):
-      state, start = _restore_or_start(config, model, read_base, saves, devices, directory)
-      if start:
-        say(f'{name}: resumed at step {start}')
-      with contextlib.closing(MetricsWriter(directory, start)) as writer:
-        state, spent = _loop(
-          config,
-          model,
-          state,
-          start,
-          dataset,
-          saves,
-          writer,
-          evaluate,
-          keep,
-          devices,
-          name,
-          directory,
-        )
+  with jax.set_mesh(devices), states.saved(directory / 'state', config.keep_states_every) as saves:
+    start, abstract = 0, states.abstract_state(optimizer(config), model, devices)
+    if saves.latest is None:
+      state = states.first_state(optimizer(config), model, devices, read_base)
+    else:
+      state, start = states.restore(saves, abstract)
+      say(f'{name}: resumed at step {start}')
+    with contextlib.closing(MetricsWriter(directory, start)) as writer, preemption() as preempted:
+      state, spent = _loop(
+        config,
+        model,
+        state,
+        start,
+        dataset,
+        saves,
+        writer,
+        evaluate,
+        keep,
+        batch_sharding(devices),
+        name,
+        preempted,
+      )
   return to_leaves(model.config, state['params']), spent
 
 
 def _loop(
-  config, model, state, start, dataset, saves, writer, evaluate, keep, devices, name, directory
+  config, model, state, start, dataset, saves, writer, evaluate, keep, rows, name, preempted
 ):
   length = dataset[0]['tokens'].shape[-1]
   flops_per_step = 3 * model.config.flops_per_token(length) * config.batch * length
-  rows = batch_sharding(devices)
   rate = schedule(config)
-  began = last = time.monotonic()
+  began = last = saved = time.monotonic()
   tokens, waiting = 0, None
 
   def settle():
@@ -247,26 +255,42 @@ def _loop(
     )
     last, waiting = now, None
 
-  steps = range(start + 1, config.steps + 1)
-  for step in progress(steps, config.steps, f'train {name}', 'steps', initial=start):
-    batch = global_batch(dataset, step - 1, config.batch, jax.process_index(), jax.process_count())
-    batch = {
-      key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()
-    }
-    state, metrics = train_step(model, config, state, batch)
-    settle()  # the step before, while this one runs
-    waiting = step, metrics
-    if evaluate and (step % config.evaluate_every == 0 or step == config.steps):
-      settle()
-      writer.write(step, **evaluate(state['params']))
-      last = time.monotonic()
+  def look(step: int) -> None:
+    """What is made of a step's parameters beside the next step."""
+    nonlocal last
     if keep and config.keep_every and step % config.keep_every == 0 and step < config.steps:
       settle()
       keep(step, to_leaves(model.config, state['params']))
-      last = time.monotonic()
-    if step % config.save_every == 0 or step == config.steps:
+    if evaluate and (step % config.evaluate_every == 0 or step == config.steps):
       settle()
-      _save(saves, step, state, directory)
+      writer.write(step, **evaluate(state['params']))
+    last = time.monotonic()
+
+  def due(step: int) -> bool:
+    if step == config.steps or step % config.save_every == 0:
+      return True
+    if config.keep_states_every and step % config.keep_states_every == 0:
+      return True
+    # Clocks differ: one of the processes decides.
+    minutes = config.save_minutes
+    return bool(minutes) and once(lambda: time.monotonic() - saved > 60 * minutes)
+
+  if start and once(lambda: not writer.looked(start)):
+    look(start)  # The run was stopped after saving it, and before this.
+  steps = range(start + 1, config.steps + 1)
+  for step in progress(steps, config.steps, f'train {name}', 'steps', initial=start):
+    batch = batch_of(dataset, step - 1, config.batch, rows)
+    state, metrics = train_step(model, config, state, batch)
+    settle()  # the step before, while this one runs
+    waiting = step, metrics
+    stop = preempted(step) and step < config.steps
+    if due(step) or stop:
+      settle()
+      states.save(saves, step, state)
+      saved = time.monotonic()
+    if stop:
+      raise Preempted(f'{name} was told to stop and is saved at step {step}')
+    look(step)
   settle()
   return state, {
     'steps': config.steps - start,
@@ -276,9 +300,32 @@ def _loop(
   }
 
 
-def finish(directory: Path) -> None:
-  """Deletes the saved state of a run whose result is stored."""
-  shutil.rmtree(directory / 'state', ignore_errors=True)
+def batch_of(
+  dataset: grain.MapDataset, step: int, batch: int, rows: NamedSharding
+) -> dict[str, jax.Array]:
+  """The global batch [B, T] of a step, of which this process makes the rows of its devices."""
+  shape = batch, *dataset[0]['tokens'].shape
+  own = [index[0].indices(batch) for index in rows.addressable_devices_indices_map(shape).values()]
+  first, last = min(start for start, *_ in own), max(stop for _, stop, _ in own)
+  found = global_batch(dataset, step, batch, first, last)
+
+  def put(values):
+    def of(index):
+      start, stop, _ = index[0].indices(batch)
+      return values[start - first : stop - first]
+
+    return jax.make_array_from_callback(shape, rows, of)
+
+  return {key: put(values) for key, values in found.items()}
+
+
+def finish(directory: Path, config: TrainConfig) -> None:
+  """Deletes the saved state of a run whose result is stored, but for those that were to stay."""
+  if primary():
+    for path in (directory / 'state').glob('*'):
+      every = config.keep_states_every
+      if not (every and path.name.isdigit() and int(path.name) % every == 0):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_identity(directory: Path, identity: Mapping) -> None:
@@ -294,70 +341,3 @@ def _check_identity(directory: Path, identity: Mapping) -> None:
       f'{directory} was begun with {key} = {old.get(key)}, not {identity.get(key)}: '
       'give the same settings, or delete it to start again'
     )
-
-
-def _restore_or_start(config, model, read_base, saves, devices, directory):
-  if saves.latest is None:
-    placement = shardings(logical_axes(model), abstract_params(model), devices)
-    params = from_leaves(model, {k: np.asarray(v, np.float32) for k, v in read_base().items()})
-    # Donated later: the device's copy must not share the caller's memory.
-    params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=placement)(params)
-    opt_state = jax.jit(optimizer(config).init)(params)
-    return {'params': params, 'optimizer': opt_state}, 0
-  abstract = abstract_state(config, model, devices)
-  step = saves.latest.step
-  try:
-    state = saves.load(step, abstract)
-    expected = saves.metadata(step).custom_metadata['digests']
-  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-    raise UserError(
-      f'{directory}/state cannot be read at step {step} ({type(error).__name__}): '
-      f'delete {directory} to train again'
-    ) from error
-  if _digests(state) != expected:
-    raise UserError(
-      f'{directory}/state is damaged at step {step}: delete {directory} to train again'
-    )
-  return state, step
-
-
-def abstract_state(config: TrainConfig, model: Model, devices: Mesh) -> dict:
-  """What `train_step` takes, as `jax.ShapeDtypeStruct`s placed on the mesh `devices`.
-
-  Moments are placed as the parameters that they belong to, counters everywhere.
-  """
-  params = abstract_params(model)
-  placement = shardings(logical_axes(model), params, devices)
-  whole = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
-  structure = jax.tree.structure(placement)
-
-  def is_params(node):
-    return jax.tree.structure(node) == structure
-
-  def put(node):
-    target = placement if is_params(node) else jax.tree.map(lambda _: whole, node)
-    return jax.tree.map(
-      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), node, target
-    )
-
-  state = jax.eval_shape(lambda p: {'params': p, 'optimizer': optimizer(config).init(p)}, params)
-  return jax.tree.map(put, state, is_leaf=is_params)
-
-
-def _save(saves, step: int, state: dict, directory: Path) -> None:
-  """Saves in the background, on accelerators; the values' digests go with them.
-
-  On CPU a save reads the state's own memory, which the next step could then not reuse: a second
-  state would be held for as long as the save takes.
-  """
-  with no_room(directory):
-    saves.save_async(step, state, custom_metadata={'digests': _digests(state)})
-    if jax.default_backend() == 'cpu':
-      saves.wait()
-
-
-def _digests(state: dict) -> dict[str, str]:
-  return {
-    jax.tree_util.keystr(path): digest(np.asarray(leaf))
-    for path, leaf in jax.tree.leaves_with_path(state)
-  }

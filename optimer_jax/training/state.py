@@ -1,0 +1,148 @@
+"""A run's state: parameters and optimizer, placed on a mesh, saved and restored.
+
+No process ever holds the whole: each reads and writes the shards of its own devices. A state saved
+on one mesh, by one number of processes, is restored on any other.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from optimer_jax.checkpoints.leaves import orbax_context
+from optimer_jax.errors import UserError
+from optimer_jax.files import no_room
+from optimer_jax.gemma3 import Model, abstract_params, from_leaves, logical_axes, to_leaves
+from optimer_jax.parallel.sharding import constrain, shardings
+
+# From the sharding of every leaf to the base's leaves, placed so.
+ReadBase = Callable[[Mapping[str, jax.sharding.Sharding]], Mapping[str, jax.Array]]
+
+
+def abstract_state(optimizer: optax.GradientTransformation, model: Model, mesh: Mesh) -> dict:
+  """`params` and `optimizer`, as `jax.ShapeDtypeStruct`s placed on the mesh.
+
+  Moments are placed as the parameters that they belong to, counters everywhere.
+  """
+  params = abstract_params(model)
+  placement = shardings(logical_axes(model), params, mesh)
+  everywhere, structure = NamedSharding(mesh, PartitionSpec()), jax.tree.structure(placement)
+
+  def is_params(node):
+    return jax.tree.structure(node) == structure
+
+  def put(node):
+    target = placement if is_params(node) else jax.tree.map(lambda _: everywhere, node)
+    return jax.tree.map(
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), node, target
+    )
+
+  state = jax.eval_shape(lambda p: {'params': p, 'optimizer': optimizer.init(p)}, params)
+  return jax.tree.map(put, state, is_leaf=is_params)
+
+
+def placed(optimizer: optax.GradientTransformation, model: Model, state: dict) -> dict:
+  """Holds a state that is computed to where it was: else the next step is another program."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return state
+  place = jax.tree.map(lambda a: a.sharding, abstract_state(optimizer, model, mesh))
+  return jax.tree.map(jax.lax.with_sharding_constraint, state, place)
+
+
+def first_state(
+  optimizer: optax.GradientTransformation, model: Model, mesh: Mesh, read_base: ReadBase
+) -> dict:
+  """The base's parameters as float32 masters, and an optimizer that has seen nothing."""
+  unrolled = Model(model.config)
+  axes, shapes = logical_axes(unrolled), abstract_params(unrolled)
+  leaves = read_base(to_leaves(model.config, shardings(axes, shapes, mesh)))
+  place = jax.tree.map(lambda a: a.sharding, abstract_state(optimizer, model, mesh))
+
+  def begin(leaves):
+    # Copies: the state is donated to the first step, and the leaves may be another's memory.
+    params = from_leaves(
+      model, {k: jnp.array(v, jnp.float32, copy=True) for k, v in leaves.items()}
+    )
+    return {'params': params, 'optimizer': optimizer.init(params)}
+
+  return jax.jit(begin, out_shardings=place)(leaves)
+
+
+@contextlib.contextmanager
+def saved(directory: Path, keep_every: int) -> Iterator[ocp.training.Checkpointer]:
+  """The states in `directory`: the last one, and those of every `keep_every` steps if not 0.
+
+  On leaving, also by an error, it waits for a save that is under way.
+  """
+  policies = ocp.training.preservation_policies
+  kept = [policies.LatestN(1), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+  with orbax_context():
+    saves = ocp.training.Checkpointer(
+      directory.absolute(),
+      preservation_policy=policies.AnyPreservationPolicy(kept),
+      cleanup_tmp_directories=True,
+    )
+    with contextlib.closing(saves):
+      yield saves
+
+
+def save(saves: ocp.training.Checkpointer, step: int, state: dict) -> None:
+  """Saves in the background, on accelerators; the values' checksums go with them.
+
+  On CPU a save reads the state's own memory, which the next step could then not reuse: a second
+  state would be held for as long as the save takes.
+  """
+  with no_room(saves.directory):
+    saves.save_async(step, state, custom_metadata={'checksums': checksums(state)})
+    if jax.default_backend() == 'cpu':
+      saves.wait()
+
+
+def restore(saves: ocp.training.Checkpointer, abstract: dict) -> tuple[dict, int]:
+  """The last state, placed as `abstract` says, and its step.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  step, directory = saves.latest.step, Path(saves.directory)
+  advice = f'delete {directory.parent} to train again'
+  try:
+    state = saves.load(step, abstract)
+    expected = saves.metadata(step).custom_metadata['checksums']
+  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+    raise UserError(
+      f'{directory} cannot be read at step {step} ({type(error).__name__}): {advice}'
+    ) from error
+  if checksums(state) != expected:
+    raise UserError(f'{directory} is damaged at step {step}: {advice}')
+  return state, step
+
+
+def checksums(state: dict) -> dict[str, int]:
+  """A number for each array that any flipped bit changes, the same on every mesh.
+
+  Its words times odd numbers that depend on their places, summed modulo 2^32: computed where the
+  shards are, as integers add up to the same in any order.
+  """
+  found = jax.device_get(_checksums(state))
+  return {jax.tree_util.keystr(path): int(x) for path, x in jax.tree.leaves_with_path(found)}
+
+
+@jax.jit
+def _checksums(state):
+  def of(array):
+    bits = jax.lax.bitcast_convert_type(array, f'uint{8 * array.dtype.itemsize}')
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+      place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    words = bits.astype(jnp.uint32) * (place * np.uint32(0x9E3779B1) * 2 + 1)
+    return constrain(words.sum(dtype=jnp.uint32), ())
+
+  return jax.tree.map(of, state)
