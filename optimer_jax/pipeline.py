@@ -20,6 +20,7 @@ from optimer_jax.evaluate import evaluate
 from optimer_jax.files import read_json, write_json, write_text
 from optimer_jax.merging.streamed import difference, merge_streamed
 from optimer_jax.merging.weighted_sum import ALL
+from optimer_jax.parallel.processes import alone, in_turn
 from optimer_jax.progress import say
 from optimer_jax.report.page import write_report
 from optimer_jax.report.style import png
@@ -73,14 +74,19 @@ def pipeline(run: Run) -> None:
 
 def import_base(run: Run) -> store.Manifest:
   """Reads the base model into RUN/base, with a trimmed vocabulary if the run asks for one."""
+  _import_base(run)
+  return store.read_manifest(run.path / 'base', 'base')
+
+
+@alone
+def _import_base(run: Run) -> None:
   path = run.path / 'base'
   settings = {'source': run.base, 'trim_vocabulary': run.trim_vocabulary}
   if run.trim_vocabulary:
     settings['vocabulary_of'] = list(run.names)
   if (path / 'manifest.json').exists():
-    manifest = store.read_manifest(path, 'base')
-    _same_settings(path, manifest.facts['settings'], settings)
-    return manifest
+    _same_settings(path, store.read_manifest(path, 'base').facts['settings'], settings)
+    return
   with stage(run, 'import'), tempfile.TemporaryDirectory() as tokenizer_path:
     source = bases.open_source(run.base, run.cache_path)
     tokenizer_path = Path(tokenizer_path)
@@ -97,7 +103,6 @@ def import_base(run: Run) -> store.Manifest:
   for note in manifest.facts['notes']:
     say(f'base: {note}')
   _keep_gin(run)
-  return manifest
 
 
 def train_one(run: Run, name: str) -> store.Manifest:
@@ -114,8 +119,10 @@ def train_one(run: Run, name: str) -> store.Manifest:
   with stage(run, f'train/{name}') as cost:
     engine = engine_of(run)
     model = engine.model
-    rows = packed_rows(dataset.train, engine.tokenizer, run.length, run.cache_path / 'rows')
-    dev = text_task(run, dataset, 'dev').prepare(engine, 'dev')
+    rows = in_turn(
+      lambda: packed_rows(dataset.train, engine.tokenizer, run.length, run.cache_path / 'rows')
+    )
+    dev = in_turn(lambda: text_task(run, dataset, 'dev').prepare(engine, 'dev'))
 
     def held_out(params: dict) -> dict[str, float]:
       return {'dev_bits_per_byte': dev.score(params).value}
@@ -160,6 +167,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
   return manifest
 
 
+@alone
 def extract_all(run: Run) -> None:
   """Writes RUN/vectors/NAME for each CPT model and each model of `Run.vectors`; inspects them."""
   vectors, base = run.path / 'vectors', run.path / 'base'
@@ -182,6 +190,7 @@ def extract_all(run: Run) -> None:
     inspect(run)
 
 
+@alone
 def inspect(run: Run) -> dict:
   """What the vectors look like and how straight training was, into RUN/vectors: JSON and PNG."""
   directory = run.path / 'vectors'
@@ -242,6 +251,7 @@ def search(run: Run, worker: str = '', server: str | None = None) -> dict:
     return run_study(studies / config.name, study, evaluate, others)
 
 
+@alone
 def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'optimer') -> Path:
   """Writes RUN/merged/NAME with the weights given, or those that the study chose.
 
@@ -291,6 +301,7 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
   return path
 
 
+@alone
 def export(run: Run, name: str = 'optimer') -> Path:
   """Writes RUN/merged/NAME in Hugging Face's layout to RUN/export/NAME."""
   out = run.path / 'export' / name
@@ -303,6 +314,7 @@ def export(run: Run, name: str = 'optimer') -> Path:
   return out
 
 
+@alone
 def export_lora(run: Run, rank: int, name: str = 'optimer', vector: str | None = None) -> dict:
   """Writes what RUN/merged/NAME (or a vector) adds to the base as a LoRA adapter of a rank.
 
@@ -324,6 +336,7 @@ def export_lora(run: Run, rank: int, name: str = 'optimer', vector: str | None =
     return lora.export_lora(leaves, out, rank, facts['source'], facts['prefix'])
 
 
+@alone
 def report(run: Run) -> Path:
   """Writes RUN/report/index.html from what the run directory holds."""
   if (run.path / 'base').exists():

@@ -19,6 +19,7 @@ from optimer_jax.files import read_json
 from optimer_jax.gemma3 import Gemma3Config, Model
 from optimer_jax.gemma3.transformer import check_choices
 from optimer_jax.merging.candidates import MergeConfig
+from optimer_jax.parallel.processes import primary
 from optimer_jax.parallel.sharding import MeshConfig
 from optimer_jax.parallel.startup import release_memory
 from optimer_jax.report import costs
@@ -113,8 +114,11 @@ class Run:
 
 @contextlib.contextmanager
 def stage(run: Run, name: str, worker: str = '') -> Iterator[dict]:
-  """Accounts for a stage, and starts it without the memory that the last one left behind."""
+  """Accounts for a stage, in process 0, and starts it without the last one's memory."""
   release_memory()
+  if not primary():
+    yield {}
+    return
   with costs.account(run.path, name, worker) as cost:
     yield cost
 

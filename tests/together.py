@@ -37,7 +37,7 @@ def start(arguments: list, directory: Path, processes: int, devices: int) -> lis
   return found
 
 
-def finish(started: list[subprocess.Popen], directory: Path, timeout: float = 300) -> list[int]:
+def finish(started: list[subprocess.Popen], directory: Path, timeout: float = 240) -> list[int]:
   """Waits for all; their exit codes. What they said is shown if one is not 0."""
   codes = [process.wait(timeout) for process in started]
   if any(codes):

@@ -8,10 +8,14 @@ result as it loads its own.
 import concurrent.futures
 import hashlib
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
@@ -68,8 +72,7 @@ def write_leaves(
   Raises:
     UserError: the disk is full.
   """
-  with orbax_context():
-    ocp.save(path.absolute(), {name: np.zeros(1, np.int8) for name in shapes})
+  (write_frame if jax.process_count() == 1 else _write_frame_alone)(path, shapes)
   entries, hashes, written = {}, {}, dict.fromkeys(shapes, 0)
   with _Commits() as commits, concurrent.futures.ThreadPoolExecutor(1) as hashing:
     for name, block in rows:
@@ -94,6 +97,30 @@ def write_leaves(
       raise ValueError(f'{name}: {written[name]} rows of {shape[0]} were written')
     entries[name]['digest'] = hashes[name].hexdigest()
   return {name: entries[name] for name in shapes}
+
+
+def write_frame(path: Path, names: Iterable[str]) -> None:
+  """Orbax's checkpoint of arrays with these names, which are not yet what they should be."""
+  with orbax_context():
+    ocp.save(path.absolute(), {name: np.zeros(1, np.int8) for name in names})
+
+
+def _write_frame_alone(path: Path, names: Iterable[str]) -> None:
+  """In a process of its own: Orbax would wait for the other processes, which do not come here."""
+  code = (
+    'import pathlib, sys; from optimer_jax.checkpoints.leaves import write_frame; '
+    'write_frame(pathlib.Path(sys.argv[1]), sys.stdin.read().split())'
+  )
+  env = {key: value for key, value in os.environ.items() if key != 'JAX_COORDINATOR_ADDRESS'}
+  done = subprocess.run(
+    [sys.executable, '-c', code, str(path)],
+    env={**env, 'JAX_PLATFORMS': 'cpu'},
+    input='\n'.join(names),
+    text=True,
+    capture_output=True,
+  )
+  if done.returncode:
+    raise RuntimeError(done.stderr.strip().splitlines()[-1])
 
 
 class _Commits:

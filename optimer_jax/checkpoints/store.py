@@ -12,7 +12,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -20,13 +20,14 @@ import numpy as np
 
 from optimer_jax import __version__
 from optimer_jax.checkpoints.leaves import open_leaves as open_rows
-from optimer_jax.checkpoints.leaves import write_leaves
+from optimer_jax.checkpoints.leaves import row_blocks, write_leaves
 from optimer_jax.checkpoints.names import Tensor
 from optimer_jax.checkpoints.quantized import SCALE, scale_shape
 from optimer_jax.errors import UserError
 from optimer_jax.files import atomic_directory, read_json, write_json
 from optimer_jax.gemma3.config import Gemma3Config
 from optimer_jax.gemma3.layout import leaf_shapes
+from optimer_jax.parallel.processes import meet, primary, whole_rows
 
 FORMAT = 1
 
@@ -77,6 +78,8 @@ def save(
 ) -> Manifest:
   """Writes an artifact; a reader sees the old one or the new one.
 
+  Leaves that are spread over several processes are given by all of them, and written by process 0.
+
   Args:
     path: the artifact's directory, replaced if it exists.
     kind: base, cpt, vector or merged.
@@ -93,8 +96,16 @@ def save(
   """
   path = Path(path)
   shapes = shapes or leaf_shapes(model)
+  together = False
   if isinstance(leaves, Mapping):
-    leaves, shapes = leaves.items(), {name: leaf.shape for name, leaf in leaves.items()}
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    together = not all(getattr(leaf, 'is_fully_addressable', True) for leaf in leaves.values())
+    leaves = _gathered(leaves) if together else leaves.items()
+  if together and not primary():
+    for _ in leaves:
+      pass
+    meet()
+    return read_manifest(path, kind)
   with atomic_directory(path) as new:
     entries = write_leaves(new / 'leaves', shapes, leaves)
     if add_files:
@@ -112,7 +123,16 @@ def save(
     )
     raw = dataclasses.asdict(manifest)
     write_json(new / 'manifest.json', {**raw, 'seal': seal(raw)})
+  if together:
+    meet()
   return manifest
+
+
+def _gathered(leaves: Mapping[str, jax.Array]) -> Iterator[tuple[str, np.ndarray]]:
+  """The leaves' rows, block by block, in every process."""
+  for name, leaf in leaves.items():
+    for start, stop in row_blocks(leaf.shape):
+      yield name, whole_rows(leaf, start, stop)
 
 
 def read_manifest(path: Path | str, kind: str | tuple[str, ...] | None = None) -> Manifest:

@@ -6,23 +6,27 @@ through the devices, so that it does not wait for a step that is under way.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import jax
+import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from optimer_jax import errors
 
-T = TypeVar('T')
+P, T = ParamSpec('P'), TypeVar('T')
 
 _PATIENCE_MS = 24 * 3600 * 1000  # Process 0 may import a model meanwhile; a dead one is noticed.
 _number = itertools.count()
+_alone = False  # Inside `once`, where the other processes do not come.
 
 
 def primary() -> bool:
@@ -35,7 +39,8 @@ def once(action: Callable[[], T]) -> T:
 
   The others wait meanwhile, and see the files that it wrote. All must come here in the same order.
   """
-  if jax.process_count() == 1:
+  global _alone
+  if jax.process_count() == 1 or _alone:
     return action()
   service, key = distributed.global_state.client, f'optimer/{next(_number)}'
   if not primary():
@@ -43,6 +48,7 @@ def once(action: Callable[[], T]) -> T:
     if 'error' in said:
       raise getattr(errors, said['kind'])(said['error'])
     return said['result']
+  _alone = True
   try:
     result = action()
   except BaseException as error:
@@ -50,8 +56,34 @@ def once(action: Callable[[], T]) -> T:
     text = str(error) if kind == type(error).__name__ else f'process 0: {error!r}'
     service.key_value_set(key, json.dumps({'error': text, 'kind': kind}))
     raise
+  finally:
+    _alone = False
   service.key_value_set(key, json.dumps({'result': result}))
   return result
+
+
+def meet() -> None:
+  """Waits until every process has come here: some compile what others find in the cache."""
+  if jax.process_count() > 1:
+    distributed.global_state.client.wait_at_barrier(f'optimer/{next(_number)}', _PATIENCE_MS)
+
+
+def alone(function: Callable[P, T]) -> Callable[P, T | None]:
+  """Has `function` run by process 0, which gets its result; the others wait and get None."""
+
+  @functools.wraps(function)
+  def by_process_0(*args, **kwargs):
+    found = []
+    once(lambda: found.append(function(*args, **kwargs)))
+    return found[0] if found else None
+
+  return by_process_0
+
+
+def in_turn(action: Callable[[], T]) -> T:
+  """The result of `action` in each process: in process 0 first, so that others find its files."""
+  found = alone(action)()
+  return found if primary() else action()
 
 
 def whole(array: jax.Array) -> jax.Array:
@@ -59,6 +91,17 @@ def whole(array: jax.Array) -> jax.Array:
   if array.is_fully_addressable or array.is_fully_replicated:
     return array
   return multihost_utils.process_allgather(array, tiled=True)
+
+
+def whole_rows(array: jax.Array, start: int, stop: int) -> np.ndarray:
+  """Rows of an array that is spread over the devices of all processes, which must all come here."""
+  return np.asarray(_taker(array.sharding.mesh)(array, start, stop - start))
+
+
+@functools.lru_cache
+def _taker(mesh: Mesh) -> Callable:
+  take = lambda array, start, count: jax.lax.dynamic_slice_in_dim(array, start, count)
+  return jax.jit(take, static_argnums=2, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from optimer_jax.data.mixtures import global_batch
 from optimer_jax.errors import Preempted, UserError
 from optimer_jax.files import read_json, write_json
 from optimer_jax.gemma3 import Model, to_leaves, token_nats
-from optimer_jax.parallel.processes import once, preemption, primary
+from optimer_jax.parallel.processes import meet, once, preemption, primary
 from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh
 from optimer_jax.progress import progress, say
 from optimer_jax.training import state as states
@@ -278,9 +278,13 @@ def _loop(
   if start and once(lambda: not writer.looked(start)):
     look(start)  # The run was stopped after saving it, and before this.
   steps = range(start + 1, config.steps + 1)
+  if steps:  # Compiled ahead: a step that were another program would be an error.
+    batch = batch_of(dataset, start, config.batch, rows)
+    one_step = train_step.lower(model, config, state, batch).compile()
+    meet()
   for step in progress(steps, config.steps, f'train {name}', 'steps', initial=start):
     batch = batch_of(dataset, step - 1, config.batch, rows)
-    state, metrics = train_step(model, config, state, batch)
+    state, metrics = one_step(state, batch)
     settle()  # the step before, while this one runs
     waiting = step, metrics
     stop = preempted(step) and step < config.steps
