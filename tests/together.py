@@ -37,10 +37,16 @@ def start(arguments: list, directory: Path, processes: int, devices: int) -> lis
   return found
 
 
-def finish(started: list[subprocess.Popen], directory: Path, timeout: float = 240) -> list[int]:
-  """Waits for all; their exit codes. What they said is shown if one is not 0."""
-  codes = [process.wait(timeout) for process in started]
-  if any(codes):
+def finish(
+  started: list[subprocess.Popen], directory: Path, timeout: float = 240, expected: int = 0
+) -> list[int]:
+  """Waits for all; their exit codes. What they said is shown if one is not `expected`."""
+  try:
+    codes = [process.wait(timeout) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  if any(code != expected for code in codes):
     for i in range(len(codes)):
       print(f'--- process {i}', (directory / f'{i}.log').read_text()[-4000:])
   return codes

@@ -1,0 +1,137 @@
+"""Several processes train as one does: `main` is what each of them runs."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import together
+
+from optimer_jax.checkpoints import store
+from optimer_jax.errors import Preempted, UsageError
+from optimer_jax.gemma3 import Gemma3Config, Model, init_leaves
+from optimer_jax.parallel.processes import alone, in_turn, once, primary, whole
+from optimer_jax.parallel.sharding import MeshConfig
+from optimer_jax.parallel.startup import join
+from optimer_jax.training.train import TrainConfig, train
+
+# Without clipping or decay, and with one key-value head, which `tensor` cannot split.
+SMALL = Gemma3Config(2, 32, 64, 4, 1, 16, window=6, query_scalar=16, vocab_size=300)
+CONFIG = TrainConfig(
+  steps=12, batch=8, learning_rate=1e-2, warmup=2, evaluate_every=1, save_every=100
+)
+ONE, TWO = (1, 1, (1, 1, 1)), (2, 4, (2, 2, 2))  # processes, devices of each, mesh
+
+
+def main(directory: str, mesh: str, stop_at: str) -> None:
+  """Trains; the last process sends itself SIGTERM in the evaluation at step `stop_at`."""
+  from test_training import dataset
+
+  join()
+  directory, looks = Path(directory), []
+
+  def evaluate(params):
+    looks.append(params)
+    if len(looks) == int(stop_at) and jax.process_index() == jax.process_count() - 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    if int(stop_at):
+      time.sleep(0.3)  # What one process is told needs a moment to reach the others.
+    return {'looks': len(looks)}
+
+  try:
+    leaves, _ = train(
+      CONFIG,
+      Model(SMALL),
+      lambda placed: jax.device_put(init_leaves(SMALL, 0), placed),
+      dataset(SMALL.vocab_size),
+      directory / 'run',
+      name='random',
+      identity={'base': 'a'},
+      mesh=MeshConfig(*map(int, mesh.split(','))),
+      evaluate=evaluate,
+    )
+  except Preempted as error:
+    print(error)
+    sys.exit(75)
+  store.save(directory / 'cpt', 'cpt', SMALL, leaves)
+  assert store.read_manifest(directory / 'cpt').leaves.keys() == leaves.keys()
+
+
+def trained(directory: Path, how: tuple, stop_at: int = 0) -> list[int]:
+  """The exit codes."""
+  processes, devices, mesh = how
+  directory.mkdir(exist_ok=True)
+  arguments = [__file__, directory, ','.join(map(str, mesh)), stop_at]
+  return together.finish(
+    together.start(arguments, directory, processes, devices), directory, expected=75 * bool(stop_at)
+  )
+
+
+def losses(directory: Path) -> list[float]:
+  rows = [json.loads(line) for line in (directory / 'run/metrics.jsonl').read_text().splitlines()]
+  rows = [row for row in rows if 'loss' in row]
+  assert [row['step'] for row in rows] == list(range(1, CONFIG.steps + 1))
+  return [row['loss'] for row in rows]
+
+
+@pytest.fixture(scope='module')
+def by_one(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('one')
+  assert trained(directory, ONE) == [0]
+  return directory
+
+
+@pytest.mark.parametrize(('first', 'then'), [(TWO, ONE), (ONE, TWO)])
+def test_stopped_by_sigterm_and_resumed_by_others(by_one, tmp_path, first, then):
+  """The same losses, on other meshes and numbers of processes before and after the stop."""
+  assert trained(tmp_path, first, stop_at=3) == [75] * first[0]
+  said = {(tmp_path / f'{i}.log').read_text().splitlines()[-1] for i in range(first[0])}
+  (said,) = said  # All stopped at the same step.
+  (saved,) = (path.name for path in (tmp_path / 'run/state').iterdir() if path.name.isdigit())
+  assert said == f'random was told to stop and is saved at step {saved}'
+  assert 3 < int(saved) < CONFIG.steps
+  assert trained(tmp_path, then) == [0] * then[0]
+  np.testing.assert_allclose(losses(tmp_path), losses(by_one), rtol=1e-5)
+  _, found = store.load(tmp_path / 'cpt')
+  for name, expected in store.load(by_one / 'cpt')[1].items():
+    # AdamW divides by the gradient's size: noise of a tiny gradient moves a whole step.
+    assert np.quantile(np.abs(found[name] - expected), 0.99) < 1e-4, name
+
+
+def together_main() -> None:
+  """What `processes` does between two of them."""
+  join()
+  assert once(lambda: {'from': jax.process_index()}) == {'from': 0}
+  ran = []
+  nested = alone(lambda: once(lambda: ran.append('inner') or 'result'))()
+  assert (nested, ran) == (('result', ['inner']) if primary() else (None, []))
+  assert in_turn(lambda: ran.append('turn')) is None and ran[-1] == 'turn'
+  for kind in (UsageError, ValueError):
+
+    def wrong(kind=kind):
+      raise kind('what is wrong')
+
+    try:
+      once(wrong)
+      raise AssertionError('no error')
+    except Exception as error:
+      assert 'what is wrong' in str(error) and (primary() or kind.__name__ in repr(error))
+  mesh = jax.make_mesh((8,), ('data',))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  values = np.arange(24, dtype=np.float32).reshape(8, 3)
+  array = jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+  assert not array.is_fully_addressable
+  assert np.array_equal(np.asarray(whole(array)), values)
+
+
+def test_processes_agree(tmp_path):
+  assert together.finish(together.start([__file__], tmp_path, 2, 4), tmp_path) == [0, 0]
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:]) if sys.argv[1:] else together_main()
