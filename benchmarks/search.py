@@ -21,8 +21,8 @@ Every search begins with the uniform average and the base, which count as trials
 
 Regret is that of the recommendation after each trial, without noise, over what merging can gain.
 composite and gradient recommend the optimum of the tasks' model, vizier that of its own GP, tpe and
-random the best that they observed. In the columns named +fit, the tasks' model is fitted to what
-vizier, tpe or random observed, and its optimum recommended, as a study does. A search ends once its
+random the best that they observed. In the column vizier+fit the tasks' model is fitted to what
+vizier observed, and its optimum recommended, as a study does. A search ends once its
 regrets have been below 1%, or when it has cost 40 forward evaluations: a trial costs one, and one
 with gradients three.
 
@@ -60,7 +60,6 @@ OUT = Path(__file__).parent / 'results' / 'search' / 'runs.jsonl'
 BUDGET, SEEDS, TARGET = 40, 10, 0.01
 COST = {'gradient': 3}  # Forward evaluations a trial; 1 for the others.
 TRACED = {'mean': jnp.mean, 'worst': jnp.max}
-FITTED = ('vizier', 'tpe', 'random')  # Those whose trials the composite's model is fitted to also.
 SAMPLERS = ('gradient', 'composite', 'vizier', 'tpe', 'random')
 PAIRS = (
   ('composite', 'vizier'),
@@ -83,7 +82,7 @@ def search(surface: Surface, objective: str, name: str, seed: int) -> dict:
   tasks = [f't{i:02}' for i in range(len(surface.losses(np.zeros(k))))]
   space = dict.fromkeys(names, (0.0, 1.0))
   points, scalars, observed, seconds = [], [], [], []
-  regrets = {column: [] for column in ([name, f'{name}+fit'] if name in FITTED else [name])}
+  regrets = {column: [] for column in ([name, 'vizier+fit'] if name == 'vizier' else [name])}
   regret = lambda w: float((plain(surface.losses(w)) - surface.best) / surface.gain)
 
   def recommended(column):
@@ -98,7 +97,8 @@ def search(surface: Surface, objective: str, name: str, seed: int) -> dict:
     return np.array([found[n] for n in names])
 
   with tempfile.TemporaryDirectory() as folder:
-    sampler = make_sampler(name, space, seed, tasks, traced, Path(folder) / 'study.db')
+    path, left = Path(folder) / 'study.db', trials(name) - 2
+    sampler = make_sampler(name, space, seed, tasks, traced, path, left=left)
     for trial in range(trials(name)):
       if trial < 2:
         point = dict.fromkeys(names, (1 / k, 0.0)[trial])

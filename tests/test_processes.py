@@ -1,5 +1,6 @@
 """Several processes train as one does: `main` is what each of them runs."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -28,12 +29,17 @@ CONFIG = TrainConfig(
 ONE, TWO = (1, 1, (1, 1, 1)), (2, 4, (2, 2, 2))  # processes, devices of each, mesh
 
 
-def main(directory: str, mesh: str, stop_at: str) -> None:
-  """Trains; the last process sends itself SIGTERM in the evaluation at step `stop_at`."""
+def main(directory: str, mesh: str, stop_at: str, save_each_of: str = '0') -> None:
+  """Trains; the last process sends itself SIGTERM in the evaluation at step `stop_at`.
+
+  With `save_each_of`, for so many steps, each of which is saved, without evaluation.
+  """
   from test_training import dataset
 
   join()
-  directory, looks = Path(directory), []
+  directory, looks, config = Path(directory), [], CONFIG
+  if steps := int(save_each_of):
+    config = dataclasses.replace(CONFIG, steps=steps, save_every=1)
 
   def evaluate(params):
     looks.append(params)
@@ -45,7 +51,7 @@ def main(directory: str, mesh: str, stop_at: str) -> None:
 
   try:
     leaves, _ = train(
-      CONFIG,
+      config,
       Model(SMALL),
       lambda placed: jax.device_put(init_leaves(SMALL, 0), placed),
       dataset(SMALL.vocab_size),
@@ -53,7 +59,7 @@ def main(directory: str, mesh: str, stop_at: str) -> None:
       name='random',
       identity={'base': 'a'},
       mesh=MeshConfig(*map(int, mesh.split(','))),
-      evaluate=evaluate,
+      evaluate=None if steps else evaluate,
     )
   except Preempted as error:
     print(error)

@@ -63,7 +63,7 @@ def run_study(
         asked = {'gradients': config.sampler == 'gradient'}
       elif number < last:
         if sampler is None or config.objective.kind == 'pareto':
-          sampler = _sampler(study, directory, every, number - len(seeds) - 1)
+          sampler = _sampler(study, directory, every, number - len(seeds) - 1, last - number)
         kind, (point,) = config.sampler, sampler.suggest(1)
         if sampler.wants_gradients:
           asked = {'gradients': True}
@@ -110,7 +110,9 @@ def finished(study: Study, rows: Sequence[Mapping]) -> bool:
   return len(rows) >= study.config.trials and rows[-1]['sampler'] == 'surrogate'
 
 
-def _sampler(study: Study, directory: Path, rows: Sequence[Mapping], number: int) -> Sampler:
+def _sampler(
+  study: Study, directory: Path, rows: Sequence[Mapping], number: int, left: int
+) -> Sampler:
   """A sampler that knows the trials; on a front, one that looks in the direction `number`."""
   feasible(study, rows)  # With nothing to stand on, stop here.
   front = study.config.objective.kind == 'pareto'
@@ -124,6 +126,7 @@ def _sampler(study: Study, directory: Path, rows: Sequence[Mapping], number: int
     directory / 'study.db',
     study.observations(rows, objective),
     study.config.simplex,
+    left,
   )
 
 

@@ -36,7 +36,8 @@ from optimer_jax.search.vizier import Space, VizierSampler
 
 Point = dict[str, float]
 
-_EXPLORE = (1.0, 2.0, 4.0, 8.0)  # Standard deviations of the objective that a suggestion may gain.
+_EXPLORE = (1.0, 2.0, 4.0, 8.0)  # Standard deviations of the objective that a suggestion may gain,
+_TO_EXPLORE = 4  # all of them as long as so many trials are left for each weight, else a share.
 # Those that a recommendation is charged: the optimum of the mean alone may lie far from few trials.
 _CAUTION = 1.0
 _NEAR = 0.02  # Of the box's width: nearer than that to a trial, another teaches nothing.
@@ -148,8 +149,8 @@ class Vizier:
 class Composite:
   """A model of each task's loss, and Vizier where it is not to be trusted."""
 
-  def __init__(self, space, seed, tasks, objective, path, observed, simplex, wants_gradients):
-    self.wants_gradients = wants_gradients
+  def __init__(self, space, seed, tasks, objective, path, observed, simplex, left, wants_gradients):
+    self.wants_gradients, self._left = wants_gradients, left
     self._space, self._seed, self._tasks, self._path = space, seed, tasks, path
     self._objective, self._simplex = objective, simplex
     self._observed = list(observed)
@@ -184,6 +185,7 @@ class Composite:
 
   def observe(self, observation):
     self._observed.append(observation)
+    self._left = self._left and self._left - 1
     if self._asked is not None:
       self._asked.observe(observation)
 
@@ -193,8 +195,10 @@ class Composite:
 
   def _next(self, model, data):
     """The most promising point that is not as good as tried; bolder until there is one."""
+    # What the last few trials find far away, none is left to make use of.
+    few = 1.0 if self._left is None else min(1.0, self._left / (_TO_EXPLORE * len(self._space)))
     for explore in _EXPLORE:
-      x, _, _ = surrogate.minimise(model, self._objective, explore, self._seed, self._simplex)
+      x, _, _ = surrogate.minimise(model, self._objective, few * explore, self._seed, self._simplex)
       away = np.abs(data['points'] - x) / (data['upper'] - data['lower'])
       if away.max(axis=1).min() > _NEAR:
         break
@@ -402,6 +406,7 @@ def make_sampler(
   path: Path | str,
   observed: Sequence[Observation] = (),
   simplex: bool = False,
+  left: int | None = None,
 ) -> Sampler:
   """The sampler of that name.
 
@@ -414,6 +419,8 @@ def make_sampler(
     path: Vizier's SQLite file, for the samplers that use it.
     observed: the ledger's trials, in order.
     simplex: the weights are to be on the simplex; the bounds are then those of all simplexes.
+    left: candidates that it will be asked for, if that is known: with few, the composite explores
+      less.
 
   Raises:
     UsageError: there is none of that name; the message gives the nearest.
@@ -422,7 +429,7 @@ def make_sampler(
   check_name(name)
   arguments = space, seed, tasks, objective, path, observed
   if name in MODELLING:
-    return Composite(*arguments, simplex, wants_gradients=name == 'gradient')
+    return Composite(*arguments, simplex, left, wants_gradients=name == 'gradient')
   return OnSimplex(_SCALAR[name], *arguments) if simplex else _SCALAR[name](*arguments)
 
 
