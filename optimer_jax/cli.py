@@ -77,8 +77,10 @@ for each model.""",
 Reads no run: the model is one of Gemma 3's sizes, and a gin file, if given, says mesh, batch,
 length, training settings and dtype. Compiles each stage for each slice with libtpu (the extra
 `tpu`) and prints HBM a chip and bounds from the chips' peaks, which no program exceeds and a real
-one does not reach. --find-smallest tries slice after slice, smallest first. Writes nothing. Costs
-seconds for small models and minutes for 27B, a stage and slice, and up to 3 GB of memory.""",
+one does not reach. 2xv5e:16x16 are two slices, with `data` between them. --find-smallest tries
+slice after slice, smallest first. --shardings compiles nothing: it prints how the mesh splits each
+parameter, and why it does not. Writes nothing. Costs seconds for small models and minutes for 27B,
+a stage and slice, and up to 3 GB of memory.""",
   'report': """Draws what the run directory holds as one HTML page.
 
 Writes RUN/report/index.html and the pictures beside it. Costs seconds.""",
@@ -170,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         action='append',
         default=[],
         metavar='SLICE',
-        help='as in v5e:16x16; repeats',
+        help='as in v5e:16x16 or 2xv5e:16x16; repeats',
       )
       sub.add_argument(
         '--stage', action='append', default=[], help='train, extract, merge, evaluate; default: all'
@@ -181,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
       sub.add_argument('--vectors', type=int, metavar='K', help='of merge and evaluate')
       sub.add_argument(
         '--find-smallest', action='store_true', help='--topology is then a kind of chip, as in v5e'
+      )
+      sub.add_argument(
+        '--shardings', action='store_true', help='print how the mesh splits each parameter'
       )
     if verb in ('merge', 'export'):
       sub.add_argument('--name', default='optimer', help='of the merged model')
@@ -279,14 +284,14 @@ def _evaluate(options: argparse.Namespace, bindings: list[str]) -> None:
 
 
 def _plan(options: argparse.Namespace, bindings: list[str]) -> None:
-  from optimer_jax import configs
   from optimer_jax.parallel.sharding import MeshConfig
   from optimer_jax.planning import topologies
-  from optimer_jax.planning.plan import print_plans
 
   topologies.prepare()
   settings = {}
   if options.gin_file:
+    from optimer_jax import configs
+
     run = configs.read_run(options.gin_file, bindings)
     settings = {key: getattr(run, key) for key in ('length', 'mesh', 'training', 'dtype', 'remat')}
     settings['batch'] = run.training.batch
@@ -300,6 +305,17 @@ def _plan(options: argparse.Namespace, bindings: list[str]) -> None:
       raise UsageError(
         f'--mesh {options.mesh!r} cannot be read: write it as in data=1,fsdp=-1,tensor=4'
       ) from None
+  if options.shardings:
+    from optimer_jax.planning.placement import print_placements
+
+    if 'mesh' not in settings or options.find_smallest:
+      raise UsageError('--shardings goes with a mesh, as in --mesh=fsdp=-1,tensor=4, and a slice')
+    print_placements(
+      options.model, settings['mesh'], [topologies.topology(name) for name in options.topology]
+    )
+    return
+  from optimer_jax.planning.plan import print_plans
+
   for key in ('batch', 'length', 'vectors'):
     if getattr(options, key) is not None:
       settings[key] = getattr(options, key)

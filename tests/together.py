@@ -21,15 +21,18 @@ def start(arguments: list, directory: Path, processes: int, devices: int) -> lis
   flags.append(f'{DEVICES}={devices}')
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(flags)}
   env['PYTHONPATH'] = os.pathsep.join(filter(None, [os.getcwd(), env.get('PYTHONPATH')]))
-  if processes > 1:
-    env |= {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(processes)}
   found = []
   for i in range(processes):
+    joins = {
+      'JAX_COORDINATOR_ADDRESS': address,
+      'JAX_NUM_PROCESSES': str(processes),
+      'JAX_PROCESS_ID': str(i),
+    }
     with open(directory / f'{i}.log', 'w') as log:
       found.append(
         subprocess.Popen(
           [sys.executable, *map(str, arguments)],
-          env={**env, 'JAX_PROCESS_ID': str(i)},
+          env=env | joins if processes > 1 else env,
           stdout=log,
           stderr=subprocess.STDOUT,
         )

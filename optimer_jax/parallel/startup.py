@@ -5,14 +5,22 @@ import ctypes
 import gc
 import logging
 import os
+import re
 import sys
+import threading
+import urllib.request
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+from jax._src import cloud_tpu_init
 
 from optimer_jax import progress
+from optimer_jax.errors import UserError
 from optimer_jax.parallel.processes import primary
+
+VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 
 def start(cache: Path) -> None:
@@ -28,15 +36,123 @@ def start(cache: Path) -> None:
   join()
 
 
-def join() -> None:
-  """Makes this process one of several that run the same program, where the environment says so.
+def join(patience_s: int = 300) -> None:
+  """Makes this process one of several that run the same program, where `others` says so.
 
-  JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  Process 0 speaks and prints; the rest do not. JAX must not have computed before.
+
+  Raises:
+    UserError: as in `others`, or the others were not there in time.
   """
-  if address := os.environ.get('JAX_COORDINATOR_ADDRESS'):
-    number, count = (int(os.environ[f'JAX_{key}']) for key in ('PROCESS_ID', 'NUM_PROCESSES'))
-    jax.distributed.initialize(address, count, number)
-  progress.speaks = primary()
+  found = others(os.environ, _tpu())
+  if found is None:
+    return
+  failed = []
+
+  def connect():
+    try:
+      # Out of patience, XLA aborts the process: it shall have more of it than we have.
+      jax.distributed.initialize(**found, initialization_timeout=2 * patience_s + 60)
+    except Exception as error:
+      failed.append(error)
+
+  connecting = threading.Thread(target=connect, daemon=True)
+  connecting.start()
+  connecting.join(patience_s)
+  if connecting.is_alive():
+    if not found:
+      raise UserError(
+        f'the hosts of this TPU did not all come together within {patience_s} s: start the same '
+        'command on each, or, for one host alone without its TPU, set JAX_PLATFORMS=cpu'
+      )
+    raise UserError(
+      f'the {found["num_processes"]} processes did not all come to '
+      f'{found["coordinator_address"]} within {patience_s} s: start the same command in each, and '
+      'give all of them the address of the machine where JAX_PROCESS_ID is 0'
+    )
+  if failed:
+    reason = (str(failed[0]).strip() or repr(failed[0])).splitlines()[0]
+    raise UserError(f'the other processes cannot be joined: {reason}') from failed[0]
+  if not primary():
+    progress.speaks = False
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+
+
+def machine_metadata(name: str) -> str:
+  """An attribute of this virtual machine of Google Cloud; '' if it has none, or is no such one."""
+  address = os.environ.get('GCE_METADATA_IP', '169.254.169.254')
+  request = urllib.request.Request(
+    f'http://{address}/computeMetadata/v1/instance/attributes/{name}',
+    headers={'Metadata-Flavor': 'Google'},
+  )
+  direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+  try:
+    with direct.open(request, timeout=2) as answer:
+      return answer.read().decode()
+  except OSError:
+    return ''
+
+
+def others(
+  environ: Mapping[str, str], tpu: bool, metadata: Callable[[str], str] = machine_metadata
+) -> dict | None:
+  """What `jax.distributed.initialize` shall be called with; None for a process on its own.
+
+  `VARIABLES` say it all. Without them, where a TPU has several hosts or slices, JAX finds the rest
+  by itself: on GKE in the environment, on TPU virtual machines from their metadata.
+
+  Args:
+    environ: the environment.
+    tpu: whether a TPU is attached, and shall be used.
+    metadata: gives an attribute of this machine by its name, as `machine_metadata` does.
+
+  Raises:
+    UserError: one of `VARIABLES` is missing or malformed.
+  """
+  given = {name: environ[name] for name in VARIABLES if environ.get(name)}
+  if not given:
+    return {} if tpu and _several_hosts(environ, metadata) else None
+  if missing := [name for name in VARIABLES if name not in given]:
+    raise UserError(
+      f'{" and ".join(given)} without {" and ".join(missing)}: the processes of one run need all '
+      'three set, and a process on its own none'
+    )
+  address, count, number = given.values()
+  if not re.fullmatch(r'.+:\d+', address):
+    raise UserError(
+      f'JAX_COORDINATOR_ADDRESS is {address!r}: it must be host:port, where process 0 can listen'
+    )
+  if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
+    raise UserError(
+      f'JAX_PROCESS_ID is {number!r} and JAX_NUM_PROCESSES is {count!r}: the processes must be '
+      'numbered from 0, up to below their number'
+    )
+  return {
+    'coordinator_address': address,
+    'num_processes': int(count),
+    'process_id': int(number),
+    'cluster_detection_method': 'deactivate',
+  }
+
+
+def _several_hosts(environ: Mapping[str, str], metadata: Callable[[str], str]) -> bool:
+  """Whether a TPU has several hosts or slices.
+
+  The machine is asked only where the environment says nothing (it does on GKE and on Colab), as a
+  TPU need not have that network.
+  """
+  hosts = environ.get('TPU_PROCESS_ADDRESSES', environ.get('TPU_WORKER_HOSTNAMES'))
+  slices = environ.get('MEGASCALE_NUM_SLICES')
+  if hosts is None and 'TPU_SKIP_MDS_QUERY' not in environ:
+    hosts = metadata('worker-network-endpoints')
+    found = re.search(r'MEGASCALE_NUM_SLICES\W+(\d+)', metadata('tpu-env') if hosts else '')
+    slices = slices or (found and found[1])
+  return ',' in (hosts or '') or (slices or '1') != '1'
+
+
+def _tpu() -> bool:
+  """Whether JAX found a TPU attached, and JAX_PLATFORMS does not say to leave it alone."""
+  return cloud_tpu_init.running_in_cloud_tpu_vm and 'tpu' in (jax.config.jax_platforms or 'tpu')
 
 
 def quiet_libtpu(attached: bool = False) -> None:
@@ -45,7 +161,7 @@ def quiet_libtpu(attached: bool = False) -> None:
   Args:
     attached: also where one is, which is then not asked for.
   """
-  if not attached and (any(Path('/dev').glob('accel*')) or any(Path('/dev/vfio').glob('[0-9]*'))):
+  if cloud_tpu_init.running_in_cloud_tpu_vm and not attached:
     return
   for key, value in {
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',

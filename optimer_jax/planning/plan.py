@@ -101,7 +101,8 @@ def plan(case: Case) -> Plan:
   """
   slice_devices = devices(case.topology)
   try:
-    mesh = make_mesh(case.mesh or default_mesh(case), slice_devices)
+    mesh = dataclasses.replace(case.mesh or default_mesh(case), slices=case.topology.slices)
+    mesh = make_mesh(mesh, slice_devices)
   except UserError as error:
     raise UnsuitableMesh(f'{case.topology.name}: {error}') from error
   step, counted = program(case, mesh), work(case, mesh.shape)

@@ -56,9 +56,9 @@ def work(case: Case, mesh: Mapping[str, int]) -> Work:
   once a layer. An optimizer step reads and writes master, two moments and gradient once each.
   Evaluation counts the logits of all tokens, as bits per byte need them.
   """
-  config, chips = case.model.config, case.topology.chips
+  config = case.model.config
   params, size = config.num_params, jnp.dtype(case.dtype).itemsize
-  mine = params / chips
+  mine = params / (mesh['fsdp'] * mesh['tensor'])
   if case.stage == 'extract':
     return Work(params, params, mine * (2 * MASTER + 2), 0)
   if case.stage == 'merge':

@@ -37,9 +37,10 @@ class Case:
   Attributes:
     size: of `gemma3.SIZES`.
     stage: of `STAGES`.
-    topology: the slice.
+    topology: the slice, or slices.
     batch, length: B rows of T tokens, over the whole slice, of train and evaluate.
-    mesh: devices along each axis; default: `default_mesh`.
+    mesh: devices along each axis; default: `default_mesh`. How many slices there are is the
+      topology's to say.
     vectors: K, of merge and evaluate.
     training: of train; its batch is the one above.
     dtype: of activations, and of the base, vectors and candidate of a search.
@@ -85,13 +86,14 @@ class Case:
 
 
 def default_mesh(case: Case) -> MeshConfig:
-  """Parameters split over all devices, and the rows over as many as they can be.
+  """In each slice, parameters split over all devices, and its rows over as many as they can be.
 
   What is left of the devices shares the work on a row (`tensor`).
   """
-  count = case.topology.devices
-  fsdp = math.gcd(count, case.batch // case.pieces) if case.computes else count
-  return MeshConfig(data=1, fsdp=fsdp, tensor=count // fsdp)
+  slices = case.topology.slices
+  count = case.topology.devices // slices
+  fsdp = math.gcd(count, case.batch // case.pieces // slices) if case.computes else count
+  return MeshConfig(data=slices, fsdp=fsdp, tensor=count // fsdp, slices=slices)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,14 +57,16 @@ CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8')
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A slice: chips of one kind, connected in a grid."""
+  """A slice: chips of one kind, connected in a grid; or several such slices, for one program."""
 
   kind: str
   sides: tuple[int, ...]
+  slices: int = 1
 
   @property
   def name(self) -> str:
-    return f'{self.kind}:{"x".join(map(str, self.sides))}'
+    one = f'{self.kind}:{"x".join(map(str, self.sides))}'
+    return one if self.slices == 1 else f'{self.slices}x{one}'
 
   @property
   def chip(self) -> Chip:
@@ -72,7 +74,7 @@ class Topology:
 
   @property
   def chips(self) -> int:
-    return math.prod(self.sides)
+    return self.slices * math.prod(self.sides)
 
   @property
   def devices(self) -> int:
@@ -80,27 +82,29 @@ class Topology:
 
   @property
   def hosts(self) -> int:
-    return max(1, self.chips // CHIPS_PER_HOST)
+    return self.slices * max(1, math.prod(self.sides) // CHIPS_PER_HOST)
 
 
 def topology(name: str) -> Topology:
   """The slice of a name such as v5e:16x16 or v5p:4x4x4; it need not be one of `known`.
 
+  2xv5e:16x16 are two slices.
+
   Raises:
     UsageError: the name has another form, or an unknown chip.
   """
-  found = re.fullmatch(r'(\w+):(\d+(?:x\d+)+)', name)
-  if not found or found[1] not in CHIPS:
+  found = re.fullmatch(r'(?:(\d+)x)?(\w+):(\d+(?:x\d+)+)', name)
+  if not found or found[2] not in CHIPS:
     close = difflib.get_close_matches(name, [t.name for t in known()], 1, 0.5)
     nearest = f'; did you mean {close[0]}?' if close else ''
     raise UsageError(
       f'{name!r} is no slice of {", ".join(CHIPS)}: name one as in v5e:16x16 or v5p:4x4x4{nearest}'
     )
-  sides = tuple(map(int, found[2].split('x')))
-  axes = CHIPS[found[1]].axes
-  if len(sides) != axes or min(sides) < 1:
-    raise UsageError(f'{name!r}: a slice of {found[1]} has {axes} sides, of 1 chip or more')
-  return Topology(found[1], sides)
+  slices, kind, sides = int(found[1] or 1), found[2], tuple(map(int, found[3].split('x')))
+  axes = CHIPS[kind].axes
+  if len(sides) != axes or min(slices, *sides) < 1:
+    raise UsageError(f'{name!r}: a slice of {kind} has {axes} sides, of 1 chip or more')
+  return Topology(kind, sides, slices)
 
 
 def known(kinds: tuple[str, ...] = tuple(CHIPS)) -> list[Topology]:
@@ -117,7 +121,7 @@ def prepare() -> None:
 
 
 def devices(topology: Topology) -> list:
-  """The slice's devices as libtpu describes them: to compile for, not to run on.
+  """The devices of the slices as libtpu describes them: to compile for, not to run on.
 
   Raises:
     UserError: libtpu is not installed.
@@ -131,10 +135,11 @@ def devices(topology: Topology) -> list:
   options = {'chips_per_host_bounds': (*(min(2, side) for side in topology.sides[:2]), 1)}
   if topology.chip.configuration:
     options['chip_config_name'] = topology.chip.configuration
+  one = dataclasses.replace(topology, slices=1).name
+  if topology.slices > 1:
+    options['num_slices'] = topology.slices
   try:
-    return list(get_topology_desc(topology.name, 'tpu', **options).devices)
+    return list(get_topology_desc(one, 'tpu', **options).devices)
   except jax.errors.JaxRuntimeError as error:
     names = ', '.join(t.name for t in known((topology.kind,)))
-    raise UsageError(
-      f'the compiler knows no slice {topology.name}; it does know {names}'
-    ) from error
+    raise UsageError(f'the compiler knows no slice {one}; it does know {names}') from error

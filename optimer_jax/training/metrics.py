@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
 
 from optimer_jax.files import append_jsonl, read_jsonl, write_text
 from optimer_jax.parallel.processes import primary
@@ -30,6 +29,8 @@ class MetricsWriter:
   def __init__(self, directory: Path, resumed_step: int):
     self.path, self.events = directory / 'metrics.jsonl', None
     if primary():
+      from tensorboardX import SummaryWriter  # It imports torch where that is installed: seconds.
+
       rows = [row for row in read_jsonl(self.path) if row['step'] <= resumed_step]
       write_text(self.path, ''.join(json.dumps(row) + '\n' for row in rows))
       self.events = SummaryWriter(str(directory), purge_step=resumed_step + 1)
