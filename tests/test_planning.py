@@ -36,6 +36,8 @@ V5E_4 = topology('v5e:2x2')
     ('v5p:2x2x1', 4, 1),
     ('v4:4x4x4', 64, 16),
     ('v5p:8x8x12', 768, 192),  # known to the compiler, though not in the walk
+    ('2xv5e:16x16', 512, 128),
+    ('3xv5e:1x1', 3, 3),
   ],
 )
 def test_a_name_says_chips_and_hosts(name, chips, hosts):
@@ -52,6 +54,8 @@ def test_a_name_says_chips_and_hosts(name, chips, hosts):
     ('v5e:2x2x2', 'a slice of v5e has 2 sides'),
     ('v5p:4x4', 'a slice of v5p has 3 sides'),
     ('v5e:0x4', 'of 1 chip or more'),
+    ('0xv5e:4x4', 'of 1 chip or more'),
+    ('2*v5e:4x4', 'did you mean v5e:4x4?'),
   ],
 )
 def test_other_names_are_refused(name, sentence):
@@ -106,6 +110,17 @@ def test_the_other_stages_by_hand():
   assert trained.model_flops == pytest.approx(3 * scored.flops)
 
 
+def test_slices_have_their_own_parameters():
+  count = lambda stage, data: work(
+    Case('tiny', stage, topology('2xv5e:2x2'), 8, 64),
+    {'data': data, 'fsdp': 8 // data, 'tensor': 1},
+  )
+  for stage in ('extract', 'merge'):
+    assert count(stage, 2).bytes == 2 * count(stage, 1).bytes
+  moments = 8 * 4 * PARAMS / 8
+  assert count('train', 2).bytes == pytest.approx(count('train', 1).bytes + moments, rel=1e-12)
+
+
 def test_the_bound_is_the_slower_of_computing_and_moving():
   # Four v5e: 788e12 FLOP/s, and 819e9 bytes/s each.
   computing = roofline(Work(3 * 788e12, 4 * 788e12, 819e9, 1000), V5E_4)
@@ -147,7 +162,10 @@ def test_bytes_before_a_step():
 def test_the_default_mesh_splits_rows_first(stage, batch, accumulate, sizes):
   training = TrainConfig(accumulate=accumulate)
   case = Case('27b', stage, topology('v5e:16x16'), batch, training=training)
-  assert dataclasses.astuple(default_mesh(case)) == sizes
+  assert dataclasses.astuple(default_mesh(case)) == (*sizes, 1)
+  # As many rows for each of two slices: data is between them.
+  two = dataclasses.replace(case, topology=topology('2xv5e:16x16'), batch=2 * batch)
+  assert dataclasses.astuple(default_mesh(two)) == (2, *sizes[1:], 2)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +355,19 @@ def test_the_tiny_model_for_a_real_slice():
     plan(dataclasses.replace(case, batch=3))
   with pytest.raises(UnsuitableMesh, match='v5e:2x2: a mesh of data=1, fsdp=2, tensor=3'):
     plan(dataclasses.replace(case, mesh=MeshConfig(1, 2, 3)))
+
+
+def test_two_slices_are_compiled_for():
+  pytest.importorskip('libtpu')
+  case = Case('tiny', 'merge', topology('2xv5e:2x2'), vectors=2)
+  found = plan(case)
+  assert found.fits and found.mesh == {'data': 2, 'fsdp': 4, 'tensor': 1}
+  assert found.row()['topology'] == '2xv5e:2x2' and found.row()['chips'] == 8
+  # The number of slices is the topology's, whatever the mesh was made for.
+  with pytest.raises(UnsuitableMesh, match='2xv5e:2x2: data=1 does not divide into slices=2'):
+    plan(dataclasses.replace(case, mesh=MeshConfig(1, -1, 1)))
+  with pytest.raises(UsageError, match='the compiler knows no slice v5e:3x3'):
+    topologies.devices(topology('2xv5e:3x3'))
 
 
 def test_what_does_not_fit_is_a_plan_with_figures():

@@ -86,7 +86,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
   attached = len({getattr(device, 'slice_index', 0) for device in devices})
   if attached != config.slices:
     raise UserError(
-      f'the devices are of {attached} slices, and the mesh is for slices={config.slices}: '
+      f'the mesh is for slices={config.slices}, and the slices of the devices are {attached}: '
       f'set MeshConfig.slices = {attached}'
     )
   split = {'devices': devices, 'allow_split_physical_axes': True}

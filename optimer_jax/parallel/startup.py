@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import urllib.request
@@ -39,43 +40,56 @@ def start(cache: Path) -> None:
 def join(patience_s: int = 300) -> None:
   """Makes this process one of several that run the same program, where `others` says so.
 
-  Process 0 speaks and prints; the rest do not. JAX must not have computed before.
+  Process 0 speaks and prints; the rest do not. JAX must not have computed before. If the others are
+  not there in time, that is said in a sentence, and the process exits with 1: XLA, which waits for
+  them, can only be aborted.
 
   Raises:
-    UserError: as in `others`, or the others were not there in time.
+    UserError: as in `others`, or they cannot be joined.
   """
   found = others(os.environ, _tpu())
   if found is None:
     return
-  failed = []
-
-  def connect():
-    try:
-      # Out of patience, XLA aborts the process: it shall have more of it than we have.
-      jax.distributed.initialize(**found, initialization_timeout=2 * patience_s + 60)
-    except Exception as error:
-      failed.append(error)
-
-  connecting = threading.Thread(target=connect, daemon=True)
-  connecting.start()
-  connecting.join(patience_s)
-  if connecting.is_alive():
-    if not found:
-      raise UserError(
-        f'the hosts of this TPU did not all come together within {patience_s} s: start the same '
-        'command on each, or, for one host alone without its TPU, set JAX_PLATFORMS=cpu'
-      )
-    raise UserError(
-      f'the {found["num_processes"]} processes did not all come to '
-      f'{found["coordinator_address"]} within {patience_s} s: start the same command in each, and '
-      'give all of them the address of the machine where JAX_PROCESS_ID is 0'
-    )
-  if failed:
-    reason = (str(failed[0]).strip() or repr(failed[0])).splitlines()[0]
-    raise UserError(f'the other processes cannot be joined: {reason}') from failed[0]
+  if found.get('process_id') == 0:
+    _check_free(found['coordinator_address'])
+  waiting = threading.Timer(patience_s, _give_up, [found, patience_s])
+  waiting.daemon = True
+  waiting.start()
+  try:
+    jax.distributed.initialize(**found, initialization_timeout=2 * patience_s + 60)
+  except Exception as error:
+    reason = (str(error).strip() or repr(error)).splitlines()[0].split('. ')[0]
+    raise UserError(f'the other processes cannot be joined: {reason}') from error
+  finally:
+    waiting.cancel()
   if not primary():
     progress.speaks = False
     sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+
+
+def _check_free(address: str) -> None:
+  """XLA can crash where process 0 cannot listen."""
+  try:
+    socket.create_server(('', int(address.rsplit(':', 1)[1]))).close()
+  except (OSError, OverflowError) as error:
+    raise UserError(
+      f'process 0 cannot listen at {address} ({error}): give all processes another '
+      'JAX_COORDINATOR_ADDRESS'
+    ) from error
+
+
+def _give_up(asked: dict, patience_s: int) -> None:
+  who, do = 'hosts of this TPU', 'on each, or, for one host without its TPU, set JAX_PLATFORMS=cpu'
+  if asked:
+    who = f'{asked["num_processes"]} processes'
+    do = f'in each, and let process 0 be where {asked["coordinator_address"]} is'
+  print(
+    f'optimer: the {who} did not all come together within {patience_s} s: start the same command '
+    f'{do}',
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(1)
 
 
 def machine_metadata(name: str) -> str:
