@@ -25,7 +25,10 @@ VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 
 def start(cache: Path) -> None:
-  """Joins the run's other processes, keeps compiled programs in `cache`, and libraries quiet."""
+  """Joins the run's other processes, keeps compiled programs in `cache`, and libraries quiet.
+
+  Process 0 alone prints from then on.
+  """
   jax.config.update('jax_compilation_cache_dir', str(cache / 'compiled'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
   logging.getLogger('absl').setLevel(logging.ERROR)
@@ -35,14 +38,15 @@ def start(cache: Path) -> None:
   sys.unraisablehook = _unraisable
   quiet_libtpu()
   join()
+  if not progress.speaks:
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
 
 
 def join(patience_s: int = 300) -> None:
   """Makes this process one of several that run the same program, where `others` says so.
 
-  Process 0 speaks and prints; the rest do not. JAX must not have computed before. If the others are
-  not there in time, that is said in a sentence, and the process exits with 1: XLA, which waits for
-  them, can only be aborted.
+  Process 0 speaks. JAX must not have computed before. If the others are not there in time, that is
+  said in a sentence, and the process exits with 1: XLA, which waits for them, can only be aborted.
 
   Raises:
     UserError: as in `others`, or they cannot be joined.
@@ -62,9 +66,7 @@ def join(patience_s: int = 300) -> None:
     raise UserError(f'the other processes cannot be joined: {reason}') from error
   finally:
     waiting.cancel()
-  if not primary():
-    progress.speaks = False
-    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+  progress.speaks = primary()
 
 
 def _check_free(address: str) -> None:
