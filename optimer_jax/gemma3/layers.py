@@ -20,7 +20,7 @@ from flax import nnx
 
 from optimer_jax.gemma3.config import Gemma3Config
 from optimer_jax.gemma3.splash import Packed, attend
-from optimer_jax.parallel.sharding import constrain, platform
+from optimer_jax.parallel.sharding import constrain, platform, spec
 
 # The residual stream and its norms are split by length over the devices that share heads and mlp:
 # these gather all tokens for their products, and scatter the sums of them.
@@ -208,6 +208,32 @@ class Embedder(nnx.Module):
 
   def encode(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Tokens [B, T] to [B, T, D], times sqrt(D) rounded to `dtype`."""
-    # Rows split over fsdp, as they are stored, could only be looked up for the whole batch at once.
-    table = constrain(self.embedding[...], ('vocab', None))
-    return table[tokens].astype(dtype) * jnp.asarray(table.shape[-1] ** 0.5, dtype)
+    scale = jnp.asarray(self.embedding.shape[-1] ** 0.5, dtype)
+    return look_up(self.embedding[...], tokens).astype(dtype) * scale
+
+
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Rows [B, T, D] of a table [V, D].
+
+  Where the vocabulary is split, each device looks up what it has, and the sum over all has every
+  row: the gradient of the whole table, 5.6 GB of a 27B model, is nowhere in one place.
+  """
+  mesh, axes = jax.sharding.get_abstract_mesh(), ('vocab', 'embed')
+  if mesh.empty or spec(axes, table.shape, mesh)[0] is None:
+    return table[tokens]
+  stored = spec(axes, table.shape, mesh)
+  rows = spec(('batch', 'length'), tokens.shape, mesh)
+  residual = spec(RESIDUAL, (*tokens.shape, table.shape[1]), mesh)
+  vocab, embed = stored
+
+  def own(table, tokens):
+    if embed is not None:
+      table = jax.lax.all_gather(table, embed, axis=1, tiled=True)
+    at = tokens - jax.lax.axis_index(vocab) * len(table)
+    here = (at >= 0) & (at < len(table))
+    found = jnp.where(here[..., None], table[jnp.where(here, at, 0)], 0)
+    if residual[1] == vocab:
+      return jax.lax.psum_scatter(found, vocab, scatter_dimension=1, tiled=True)
+    return jax.lax.psum(found, vocab)
+
+  return jax.shard_map(own, in_specs=(stored, rows), out_specs=residual)(table, tokens)
