@@ -15,8 +15,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optimer_jax.checkpoints import base as bases
@@ -27,7 +25,8 @@ from optimer_jax.errors import UsageError, UserError
 from optimer_jax.evaluation import scores
 from optimer_jax.evaluation.engine import Engine, Prepared
 from optimer_jax.files import append_jsonl, read_json, read_jsonl, write_json
-from optimer_jax.gemma3 import Gemma3Config, Model, from_leaves
+from optimer_jax.gemma3 import Gemma3Config, Model
+from optimer_jax.gemma3.placement import place_leaves
 from optimer_jax.merging.candidates import MergeConfig, candidates
 from optimer_jax.parallel.startup import release_memory
 from optimer_jax.progress import say
@@ -89,7 +88,7 @@ def evaluate(run: Run, models: Sequence[str] = ()) -> dict[str, dict]:
   tasks = tasks_of(run, 'test')
   prepared = {engine.model: prepare(tasks, engine, 'test')}
   searched = [task.name for task in tasks if task not in run.test_tasks]
-  read = _reader(run, engine.model)
+  read = _reader(run, engine)
   found = {}
   for subject in subjects:
     old = _old(run, subject)
@@ -233,30 +232,31 @@ def _engine(run: Run, subjects: Sequence[_Subject]) -> Engine:
   return engine_of(run, source.config, tokenizer)
 
 
-def _reader(run: Run, model: Model) -> Callable[[_Subject], tuple[Model, dict]]:
+def _reader(run: Run, engine: Engine) -> Callable[[_Subject], tuple[Model, dict]]:
   """From a subject to its model and parameters, which the next call may write over.
 
   The pool stays in memory while one merge after another is asked of it, and no longer.
   """
-  pool = [None, None]
+  model, pool = engine.model, [None, None]
 
   def read(subject: _Subject) -> tuple[Model, dict]:
     if subject.artifact is None and subject.source is None:
       if pool[0] != subject.merging:
         pool[:] = [None, None]
-        loaded = load_pool(run.path / 'base', run.vector_paths, model)
+        loaded = load_pool(run.path / 'base', run.vector_paths, model, engine.mesh)
         pool[:] = [subject.merging, candidates(loaded, subject.merging)]
       return model, pool[1](subject.weights)
     pool[:] = [None, None]
     release_memory()
     if subject.artifact:
-      manifest, leaves = store.load(subject.artifact)
+      manifest, leaves = store.open_leaves(subject.artifact)
       config = manifest.model
     else:
       source = bases.open_source(subject.source, run.cache_path)
-      config, leaves = bases.read_leaves(source, _kept(run, model.config, source))
+      config, leaves = bases.with_vocabulary(source, _kept(run, model.config, source))
     own = dataclasses.replace(model, config=config)
-    return own, jax.tree.map(jnp.asarray, from_leaves(own, leaves))
+    values = ((name, tensor.read()) for name, tensor in leaves.items())
+    return own, place_leaves(own, values, engine.mesh)
 
   return read
 

@@ -29,7 +29,6 @@ from optimer_jax.run import (
   Run,
   best_of,
   engine_of,
-  model_of,
   prepare,
   stage,
   tasks_of,
@@ -235,8 +234,9 @@ def search(run: Run, worker: str = '', server: str | None = None) -> dict:
   linear = config.sampler == 'gradient' or config.groups != ALL
   run.merging.check_searchable(len(vectors), config.density, linear)
   with stage(run, f'search/{config.name}', worker) as cost:
-    pool = load_pool(run.path / 'base', run.vector_paths, model_of(run))
-    tasks = prepare(tasks_of(run, 'dev'), engine_of(run), 'dev')
+    engine = engine_of(run)
+    pool = load_pool(run.path / 'base', run.vector_paths, engine.model, engine.mesh)
+    tasks = prepare(tasks_of(run, 'dev'), engine, 'dev')
     study = Study(
       config,
       config.groups.weights(vectors, pool.model.config),

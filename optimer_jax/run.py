@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from optimer_jax.checkpoints import base as bases
 from optimer_jax.checkpoints import store
@@ -20,7 +21,7 @@ from optimer_jax.gemma3 import Gemma3Config, Model
 from optimer_jax.gemma3.transformer import check_choices
 from optimer_jax.merging.candidates import MergeConfig
 from optimer_jax.parallel.processes import primary
-from optimer_jax.parallel.sharding import MeshConfig
+from optimer_jax.parallel.sharding import MeshConfig, make_mesh
 from optimer_jax.parallel.startup import release_memory
 from optimer_jax.report import costs
 from optimer_jax.search.study import StudyConfig
@@ -130,6 +131,12 @@ def model_of(run: Run, config: Gemma3Config | None = None) -> Model:
   return Model(config, dtype=run.dtype, scan=scan, attention=run.attention, remat=run.remat)
 
 
+def mesh_of(run: Run) -> Mesh | None:
+  """The devices of all processes as `Run.mesh` arranges them; None if there is one."""
+  mesh = make_mesh(run.mesh)
+  return mesh if mesh.size > 1 else None
+
+
 def tokenizer_of(run: Run) -> Tokenizer:
   """The base's, with the vocabulary that the base keeps."""
   base = run.path / 'base'
@@ -147,7 +154,8 @@ def engine_of(
     run.evaluation.context,
     run.evaluation.batch_tokens,
     run.evaluation.generate_rows,
-    cache=run.cache_path,
+    mesh_of(run),
+    run.cache_path,
   )
 
 

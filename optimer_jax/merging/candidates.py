@@ -10,9 +10,10 @@ import numpy as np
 from optimer_jax.checkpoints.names import contracted_axes
 from optimer_jax.checkpoints.quantized import Quantized
 from optimer_jax.errors import UsageError
-from optimer_jax.gemma3 import from_leaves, to_leaves
+from optimer_jax.gemma3 import from_leaves, logical_axes, to_leaves
 from optimer_jax.merging import methods
 from optimer_jax.merging.weighted_sum import ALL, Groups, weighted_sum
+from optimer_jax.parallel.sharding import shardings
 from optimer_jax.vectors.pool import Pool
 
 # At weights of zero these give something else than the base, or have no weights at all.
@@ -125,7 +126,7 @@ def candidates(
   def candidate(point: Mapping[str, float]) -> dict:
     weights = np.array([[point[name] for name in names[vector]] for vector in pool.names])
     if config.is_weighted_sum:
-      w = jnp.asarray(weights[:, 0] if index is None else weights.T, jnp.float32)
+      w = np.asarray(weights[:, 0] if index is None else weights.T, np.float32)
       held[0] = weighted_sum(held[0], pool.base, pool.vectors, w, groups=index)
     else:
       others = {key: value for key, value in point.items() if key not in pool.names}
@@ -157,7 +158,10 @@ def _merged(buffer: dict, pool: Pool, config: MergeConfig, numbers: methods.Numb
       split=contracted_axes(leaf),
       cuts=cuts.get(leaf),
     )
-  return from_leaves(model, merged)
+  params = from_leaves(model, merged)
+  if pool.mesh is None:
+    return params
+  return jax.device_put(params, shardings(logical_axes(model), params, pool.mesh))
 
 
 def _dequantized(leaf: jax.Array | Quantized) -> jax.Array:

@@ -2,17 +2,18 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from optimer_jax.checkpoints import store
 from optimer_jax.checkpoints.names import Tensor
 from optimer_jax.checkpoints.quantized import SCALE, Quantized, channel_axes
 from optimer_jax.errors import UserError
-from optimer_jax.gemma3 import Model, from_leaves
+from optimer_jax.gemma3 import Model
+from optimer_jax.gemma3.placement import place_leaves
 from optimer_jax.vectors.extract import check_parent
 
 
@@ -26,6 +27,7 @@ class Pool:
   vectors: tuple[dict, ...]
   fingerprint: str  # of the base and all vectors
   manifests: Mapping[str, store.Manifest]  # by name, and the base's as 'base'
+  mesh: Mesh | None = None  # that they are split over; None: one device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +39,18 @@ class OpenPool:
   manifests: Mapping[str, store.Manifest]
 
 
-def load_pool(base: Path | str, vectors: Mapping[str, Path | str], model: Model) -> Pool:
+def load_pool(
+  base: Path | str, vectors: Mapping[str, Path | str], model: Model, mesh: Mesh | None = None
+) -> Pool:
   """Reads and checks a pool. Vectors stay in the form in which they are stored.
+
+  The host has one leaf at a time.
 
   Args:
     base: the base artifact.
     vectors: data set name to vector artifact.
     model: how to compute; its config is checked against the base's.
+    mesh: devices, of all processes, to split base and vectors over; default: one.
 
   Raises:
     UserError: a vector of another base or architecture, a value that is not finite, or a damaged
@@ -52,23 +59,14 @@ def load_pool(base: Path | str, vectors: Mapping[str, Path | str], model: Model)
   manifests = _manifests(base, vectors)
   if manifests['base'].model != model.config:
     raise UserError(f'{base} has another architecture than the run: {manifests["base"].model}')
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-  def tree(path: Path | str) -> dict:
-    leaves = {}
-    for name, tensor in store.open_leaves(path)[1].items():
-      value = tensor.read()
-      _check_finite(value, name, path)
-      leaves[name] = jax.device_put(value, device)
-    return from_leaves(model, _with_scales(leaves))
-
   return Pool(
     names=tuple(vectors),
     model=model,
-    base=tree(base),
-    vectors=tuple(tree(path) for path in vectors.values()),
+    base=place_leaves(model, _stored(base), mesh),
+    vectors=tuple(place_leaves(model, _stored(path), mesh) for path in vectors.values()),
     fingerprint=pool_fingerprint(manifests),
     manifests=manifests,
+    mesh=mesh,
   )
 
 
@@ -124,13 +122,18 @@ def _manifests(base: Path | str, vectors: Mapping[str, Path | str]) -> dict[str,
   return found
 
 
-def _with_scales(leaves: Mapping[str, jax.Array]) -> dict:
-  """Joins int8 leaves and their scales."""
-  return {
-    name: Quantized(leaf, leaves[name + SCALE]) if name + SCALE in leaves else leaf
-    for name, leaf in leaves.items()
-    if not name.endswith(SCALE)
-  }
+def _stored(path: Path | str) -> Iterator[tuple[str, np.ndarray | Quantized]]:
+  """The leaves as they are stored, those of int8 with their scales."""
+  _, tensors = store.open_leaves(path)
+  for name, tensor in tensors.items():
+    if name.endswith(SCALE):
+      continue
+    value, scale = tensor.read(), tensors.get(name + SCALE)
+    _check_finite(value, name, path)
+    if scale:
+      scale = scale.read()
+      _check_finite(scale, name + SCALE, path)
+    yield name, value if scale is None else Quantized(value, scale)
 
 
 def _check_finite(rows: np.ndarray, name: str, path: Path | str) -> None:
