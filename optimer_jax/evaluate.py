@@ -28,6 +28,7 @@ from optimer_jax.files import append_jsonl, read_json, read_jsonl, write_json
 from optimer_jax.gemma3 import Gemma3Config, Model
 from optimer_jax.gemma3.placement import place_leaves
 from optimer_jax.merging.candidates import MergeConfig, candidates
+from optimer_jax.parallel.processes import in_turn, once
 from optimer_jax.parallel.startup import release_memory
 from optimer_jax.progress import say
 from optimer_jax.run import (
@@ -134,6 +135,10 @@ def compare(run: Run, a: str, b: str, of_mean: Sequence[str] = ()) -> dict:
   Raises:
     UserError: they have no task in common.
   """
+  return once(lambda: _compared(run, a, b, of_mean))
+
+
+def _compared(run: Run, a: str, b: str, of_mean: Sequence[str]) -> dict:
   directory = run.path / 'evaluations'
   one, two = (read_json(directory / f'{name}.json') for name in (a, b))
   common = [t for t, digest in one['tasks'].items() if two['tasks'].get(t) == digest]
@@ -223,7 +228,7 @@ def _engine(run: Run, subjects: Sequence[_Subject]) -> Engine:
   """The run's; that of `Run.base` itself where it is not imported and only it is asked for."""
   if (run.path / 'base').exists() or [each.source for each in subjects] != [run.base]:
     return engine_of(run)
-  source = bases.open_source(run.base, run.cache_path)
+  source = in_turn(lambda: bases.open_source(run.base, run.cache_path))
   if not source.write_tokenizer:
     raise UserError(f'{run.base} has no tokenizer: import it into a run')
   with tempfile.TemporaryDirectory() as place:
@@ -252,7 +257,7 @@ def _reader(run: Run, engine: Engine) -> Callable[[_Subject], tuple[Model, dict]
       manifest, leaves = store.open_leaves(subject.artifact)
       config = manifest.model
     else:
-      source = bases.open_source(subject.source, run.cache_path)
+      source = in_turn(lambda: bases.open_source(subject.source, run.cache_path))
       config, leaves = bases.with_vocabulary(source, _kept(run, model.config, source))
     own = dataclasses.replace(model, config=config)
     values = ((name, tensor.read()) for name, tensor in leaves.items())
@@ -301,9 +306,8 @@ def _scored(
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')[:-6] + 'Z'
   digests = {name: task.digest for name, task in tasks.items()}
   look = {'model': subject.name, 'weights': subject.weights, 'tasks': digests, 'time': now}
-  append_jsonl(
-    run.path / 'evaluations' / 'test_looks.jsonl', {**look, 'identity': subject.identity}
-  )
+  path = run.path / 'evaluations' / 'test_looks.jsonl'
+  once(lambda: append_jsonl(path, {**look, 'identity': subject.identity}))
   return found
 
 
@@ -323,6 +327,10 @@ def _written(run: Run, subject: _Subject, found: Mapping, searched: Sequence[str
     'per_example': found['per_example'],
   }
   path = run.path / 'evaluations' / f'{subject.name}.json'
-  if not path.exists() or read_json(path) != value:
-    write_json(path, value)
+
+  def write() -> None:
+    if not path.exists() or read_json(path) != value:
+      write_json(path, value)
+
+  once(write)
   return value

@@ -6,7 +6,7 @@ the same settings, is not done again; one that was interrupted goes on where it 
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from optimer_jax.checkpoints import base as bases
@@ -38,6 +38,7 @@ from optimer_jax.run import (
 from optimer_jax.search.evaluation import evaluation
 from optimer_jax.search.loop import run_study
 from optimer_jax.search.study import Study
+from optimer_jax.search.together import led
 from optimer_jax.search.workers import work
 from optimer_jax.training.train import finish, settings_of, train
 from optimer_jax.vectors import lora
@@ -246,9 +247,13 @@ def search(run: Run, worker: str = '', server: str | None = None) -> dict:
     )
     evaluate = evaluation(study, pool, run.merging, tasks, run.length, cost)
     others = [path for path in studies.glob('*/trials.jsonl') if path.parent.name != config.name]
-    if worker:
-      return work(studies / config.name, study, evaluate, others, worker, server)
-    return run_study(studies / config.name, study, evaluate, others)
+
+    def lead(evaluate: Callable) -> dict:
+      if worker:
+        return work(studies / config.name, study, evaluate, others, worker, server)
+      return run_study(studies / config.name, study, evaluate, others)
+
+    return led(lead, evaluate)
 
 
 @alone

@@ -20,7 +20,7 @@ from optimer_jax.files import read_json
 from optimer_jax.gemma3 import Gemma3Config, Model
 from optimer_jax.gemma3.transformer import check_choices
 from optimer_jax.merging.candidates import MergeConfig
-from optimer_jax.parallel.processes import primary
+from optimer_jax.parallel.processes import in_turn, primary
 from optimer_jax.parallel.sharding import MeshConfig, make_mesh
 from optimer_jax.parallel.startup import release_memory
 from optimer_jax.report import costs
@@ -180,7 +180,7 @@ def tasks_of(run: Run, split: str) -> tuple[Task, ...]:
 
 def prepare(tasks: tuple[Task, ...], engine: Engine, split: str) -> dict[str, Prepared]:
   """The tasks by name, read and planned for any number of candidates."""
-  return {task.name: task.prepare(engine, split) for task in tasks}
+  return in_turn(lambda: {task.name: task.prepare(engine, split) for task in tasks})
 
 
 def best_of(run: Run) -> dict:

@@ -21,6 +21,7 @@ from optimer_jax.evaluation.generation import Prompt, Sampling, generate_texts
 from optimer_jax.evaluation.prompts import digest, joined, templates, text_of
 from optimer_jax.evaluation.scores import WHOLE, Part, Score, places
 from optimer_jax.evaluation.splits import Drawn, Splits, draw
+from optimer_jax.parallel.processes import once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ class CodeGeneration:
       written = generate_texts(engine, params, prompts, self.sampling, own)
       programs = [program(drawn.examples[i], g.text) for i, g in zip(own, written, strict=True)]
       with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        right = list(pool.map(self._passes, programs))
+        right = once(lambda: list(pool.map(self._passes, programs)))
       return _accuracy(right, [prompts[i] for i in own], written)
 
     limits = (self.program, self.seconds, self.memory_mb)

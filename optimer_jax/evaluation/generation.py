@@ -8,6 +8,7 @@ B: rows that write at once. b: prompts that are read at once, an eighth of the m
 of the longest of them, rounded up. S: slots of a row's cache.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -24,6 +25,7 @@ from optimer_jax.evaluation.engine import Engine
 from optimer_jax.gemma3 import Model, prefix_cache
 from optimer_jax.gemma3.decoding import empty_cache, insert, prefill, step
 from optimer_jax.gemma3.transformer import Layers, Prefix
+from optimer_jax.parallel.sharding import constrain
 
 CHUNK = 16  # tokens that are written before the host looks at them, at most
 LEAST_PREFIX = 32  # tokens that all prompts must begin with, to be computed once
@@ -103,15 +105,15 @@ def generate_texts(
   ]
   shared = common_prefix(texts)
   shared = shared if len(texts) >= 4 and shared >= LEAST_PREFIX else 0
-  prefix = None
-  if shared:
-    padded = np.zeros(bucket(shared), np.int32)
-    padded[:shared] = texts[0][:shared]
-    prefix = _prefix(engine.model, params, padded, np.int32(shared))
   own = {i: texts[i][shared:] for i in (range(len(texts)) if chosen is None else chosen)}
-  written = {}
-  for slots, numbers in _by_slots(engine, prompts, own).items():
-    written |= _generate(engine, params, prompts, own, numbers, slots, prefix, sampling)
+  prefix, written = None, {}
+  with contextlib.nullcontext() if engine.mesh is None else jax.set_mesh(engine.mesh):
+    if shared:
+      padded = np.zeros(bucket(shared), np.int32)
+      padded[:shared] = texts[0][:shared]
+      prefix = _prefix(engine.model, params, padded, np.int32(shared))
+    for slots, numbers in _by_slots(engine, prompts, own).items():
+      written |= _generate(engine, params, prompts, own, numbers, slots, prefix, sampling)
   return [Generation(*written[i], len(texts[i]) < len(prompts[i].tokens)) for i in own]
 
 
@@ -156,11 +158,11 @@ def _generate(
   sampling: Sampling,
 ) -> dict[int, tuple[str, np.ndarray, str]]:
   model, tokenizer = engine.model, engine.tokenizer
-  few = max(engine.generate_rows // 8, 1)
+  few = -(-max(engine.generate_rows // 8, 1) // engine.shards) * engine.shards  # as many a device
   static = {'model': model, 'slots': slots}
   # A program is specialised on how to draw, not on the seed.
   static['sampling'] = dataclasses.replace(sampling, seed=0)
-  both = {'params': params, 'prefix': prefix, 'key': jax.random.key(sampling.seed)}
+  both = {'params': params, 'prefix': prefix, 'seed': np.uint32(sampling.seed & 0xFFFFFFFF)}
   queue = sorted(queue, key=lambda n: (-len(own[n]), n))
   # Where fewer rows are wanted to begin with, fewer are made.
   batch = few
@@ -168,7 +170,6 @@ def _generate(
     batch *= 2
   ends = tokenizer.holding(stop[-1] for number in queue for stop in prompts[number].stops)
   ends[tokenizer.eos] = True
-  ends = jnp.asarray(ends)
   rows = _empty_rows(model, batch, slots)
   # When the rows get fewer depends on the candidate, what is compiled must not: with no row to keep
   # nothing is written.
@@ -238,32 +239,43 @@ _prefix = jax.jit(prefix_cache, static_argnames='model')
 @functools.partial(jax.jit, static_argnames=('model', 'batch', 'slots'))
 def _empty_rows(model: Model, batch: int, slots: int) -> _Rows:
   zeros = jnp.zeros(batch, jnp.int32)
-  return _Rows(zeros, zeros, zeros, zeros, empty_cache(model, batch, slots))
+  return _split(_Rows(zeros, zeros, zeros, zeros, empty_cache(model, batch, slots)))
+
+
+def _split(rows: _Rows) -> _Rows:
+  """The caches as rows and heads are split over devices; what the host looks at, everywhere."""
+  cache = jax.tree.map(
+    lambda a: constrain(a, (None,) * (a.ndim - 4) + ('batch', None, 'kv_heads', 'head_dim')),
+    rows.cache,
+  )
+  return _Rows(*(constrain(a, (None,)) for a in rows[:-1]), cache)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'slots', 'sampling'), donate_argnames='rows')
 def _begin(
-  model, slots, sampling, params, prefix, key, rows, tokens, lengths, left, number, into
+  model, slots, sampling, params, prefix, seed, rows, tokens, lengths, left, number, into
 ) -> _Rows:
   """Reads prompts [b, W] into the rows `into` [b]; those out of range are padding."""
   x, cache = prefill(model, params, tokens, lengths, slots, prefix)
-  token = _pick(params, x, sampling, key, number, left)
+  token = _pick(params, x, sampling, seed, number, left)
 
   def put(a, b):
     return a.at[into].set(b, mode='drop')
 
-  return _Rows(
-    put(rows.token, token),
-    put(rows.at, lengths),
-    put(rows.left, left),
-    put(rows.number, number),
-    insert(rows.cache, into, cache),
+  return _split(
+    _Rows(
+      put(rows.token, token),
+      put(rows.at, lengths),
+      put(rows.left, left),
+      put(rows.number, number),
+      insert(rows.cache, into, cache),
+    )
   )
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'slots', 'sampling'), donate_argnames='rows')
 def _write(
-  model, slots, sampling, params, prefix, key, rows, keep, ends
+  model, slots, sampling, params, prefix, seed, rows, keep, ends
 ) -> tuple[_Rows, jax.Array]:
   """Writes up to CHUNK tokens of each row that `keep` [B] holds: int32 [B, CHUNK], -1: nothing.
 
@@ -282,7 +294,7 @@ def _write(
     left = jnp.where(active, rows.left - 1, 0)
     look = jnp.any(active & (ends[rows.token] | (left == 0)))
     x, cache = step(model, params, rows.token, rows.at, rows.cache, slots, prefix)
-    token = _pick(params, x, sampling, key, rows.number, left)
+    token = _pick(params, x, sampling, seed, rows.number, left)
     # A row that is done stays where it is, and writes what nobody sees.
     at = jnp.where(left > 0, rows.at + 1, rows.at)
     return i + 1, look, rows._replace(token=token, at=at, left=left, cache=cache), out
@@ -290,17 +302,17 @@ def _write(
   out = jnp.full((keep.shape[0], CHUNK), -1, jnp.int32)
   idle = ~jnp.any(rows.left > 0)
   *_, rows, out = jax.lax.while_loop(going, one, (0, idle, rows, out))
-  return rows, out
+  return _split(rows), constrain(out, (None, None))
 
 
 @jax.jit
 def _take(rows: _Rows, numbers: jax.Array) -> _Rows:
   few = [a[numbers] for a in rows[:-1]]
   cache = jax.tree.map(lambda a: jnp.take(a, numbers, axis=a.ndim - 4), rows.cache)
-  return _Rows(*few, cache)
+  return _split(_Rows(*few, cache))
 
 
-def _pick(params, x, sampling: Sampling, key, number, left) -> jax.Array:
+def _pick(params, x, sampling: Sampling, seed, number, left) -> jax.Array:
   """The next token int32 [B] after hidden states x [B, D]; `number` and `left` [B] seed a draw."""
   table = params['embedder']['embedding'].astype(x.dtype)
   # For a few rows a CPU is faster with the table on the left, for more with it on the right.
@@ -319,6 +331,7 @@ def _pick(params, x, sampling: Sampling, key, number, left) -> jax.Array:
     kept = jnp.cumsum(probability, axis=1) - probability < sampling.top_p
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=1, keepdims=True)
     logits = jnp.where(logits >= least, logits, -jnp.inf)
+  key = jax.random.key(seed)
   keys = jax.vmap(lambda n, i: jax.random.fold_in(jax.random.fold_in(key, n), i))(number, left)
   return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 

@@ -8,7 +8,8 @@ stays away, and a trial that has its row is only completed. Rows go from the ser
 in the order of the trials and as far as these are complete, under a lock and by whichever worker
 is there; so the ledger has no gaps, and nothing twice.
 
-On hosts of one slice, only process 0 speaks to the server and writes files.
+Of several processes (the hosts of a slice) that are one worker, process 0 does this: see
+`together`.
 """
 
 import contextlib
@@ -22,9 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import grpc
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from vizier._src.service import study_pb2, vizier_service_pb2, vizier_service_pb2_grpc
 from vizier.service import pyvizier as vz
 
@@ -87,40 +86,12 @@ def work(
   if not re.fullmatch(r'[\w.-]+', worker):
     raise UsageError(f'--worker {worker!r}: a name has letters, digits and _ . - only')
   desk = _Desk(Path(directory), study, worker, address, patience)
-  everywhere(desk.join, others)
+  desk.join(others)
   with desk.alive(beat):
-    while task := everywhere(desk.next_task):
-      asked = {}
-      if task['race']:
-        asked['stop'] = lambda scores, done: everywhere(desk.hopeless, scores, done)
-      result = evaluate(dict(task['point']), **asked)
-      everywhere(desk.hand_in, task, result)
-  return everywhere(desk.answer)
-
-
-def everywhere(function: Callable, *args):
-  """Calls `function` on process 0 and returns or raises there what it does on every process.
-
-  What it returns must be JSON.
-  """
-  if jax.process_count() == 1:
-    return function(*args)
-  found, problem, said = None, None, b''
-  if jax.process_index() == 0:
-    try:
-      found = function(*args)
-    except Exception as error:  # The others must not wait for ever.
-      problem = error
-    usual = isinstance(problem, UserError)
-    said = json.dumps([found, problem and str(problem), usual]).encode()
-  size = int(multihost_utils.broadcast_one_to_all(np.array(len(said), np.int32)))
-  said = np.frombuffer(said.ljust(size, b'\0')[:size], np.uint8)
-  there, text, usual = json.loads(multihost_utils.broadcast_one_to_all(said).tobytes())
-  if problem:
-    raise problem
-  if text is not None:
-    raise UserError(text) if usual else RuntimeError(text)
-  return found if jax.process_index() == 0 else there
+    while task := desk.next_task():
+      asked = {'stop': desk.hopeless} if task['race'] else {}
+      desk.hand_in(task, evaluate(dict(task['point']), **asked))
+  return desk.answer()
 
 
 class _Desk:
@@ -165,7 +136,7 @@ class _Desk:
         with contextlib.suppress(grpc.RpcError):
           self._stub.UpdateMetadata(request, timeout=beat)
 
-    if self._stub is not None:  # Only process 0 has one, and only while there is work.
+    if self._stub is not None:  # There is one only while there is work.
       threading.Thread(target=beats, daemon=True).start()
     try:
       yield
