@@ -35,13 +35,13 @@ from optimer_jax.run import (
   Run,
   best_of,
   engine_of,
+  pool_of,
   prepare,
   stage,
   tasks_of,
   vector_fingerprints,
 )
 from optimer_jax.vectors.extract import check_parent, origin
-from optimer_jax.vectors.pool import load_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _reader(run: Run, engine: Engine) -> Callable[[_Subject], tuple[Model, dict]
     if subject.artifact is None and subject.source is None:
       if pool[0] != subject.merging:
         pool[:] = [None, None]
-        loaded = load_pool(run.path / 'base', run.vector_paths, model, engine.mesh)
+        loaded = pool_of(dataclasses.replace(run, merging=subject.merging), engine)
         pool[:] = [subject.merging, candidates(loaded, subject.merging)]
       return model, pool[1](subject.weights)
     pool[:] = [None, None]

@@ -29,6 +29,7 @@ from optimer_jax.run import (
   Run,
   best_of,
   engine_of,
+  pool_of,
   prepare,
   stage,
   tasks_of,
@@ -44,7 +45,7 @@ from optimer_jax.training.train import finish, settings_of, train
 from optimer_jax.vectors import lora
 from optimer_jax.vectors.extract import check_parent, extract, origin
 from optimer_jax.vectors.geometry import geometry
-from optimer_jax.vectors.pool import load_pool, open_pool
+from optimer_jax.vectors.pool import open_pool
 from optimer_jax.vectors.trajectory import trajectory
 
 
@@ -236,7 +237,7 @@ def search(run: Run, worker: str = '', server: str | None = None) -> dict:
   run.merging.check_searchable(len(vectors), config.density, linear)
   with stage(run, f'search/{config.name}', worker) as cost:
     engine = engine_of(run)
-    pool = load_pool(run.path / 'base', run.vector_paths, engine.model, engine.mesh)
+    pool = pool_of(run, engine)
     tasks = prepare(tasks_of(run, 'dev'), engine, 'dev')
     study = Study(
       config,

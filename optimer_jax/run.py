@@ -26,6 +26,7 @@ from optimer_jax.parallel.startup import release_memory
 from optimer_jax.report import costs
 from optimer_jax.search.study import StudyConfig
 from optimer_jax.training.train import TrainConfig
+from optimer_jax.vectors.pool import Pool, load_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Run:
   test_tasks: tuple[Task, ...] = ()  # scored on test alone
   study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
   merging: MergeConfig = dataclasses.field(default_factory=MergeConfig)
+  pool: str = 'auto'  # device, scan or host: where vectors and candidates are (`vectors.room`)
   vectors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> model to extract
   vector_dtype: str = 'float32'
   export_dtype: str | None = None  # default: that of the base
@@ -135,6 +137,12 @@ def mesh_of(run: Run) -> Mesh | None:
   """The devices of all processes as `Run.mesh` arranges them; None if there is one."""
   mesh = make_mesh(run.mesh)
   return mesh if mesh.size > 1 else None
+
+
+def pool_of(run: Run, engine: Engine) -> Pool:
+  """The base and all vectors, where `Run.pool` or what there is room for says."""
+  base, vectors = run.path / 'base', run.vector_paths
+  return load_pool(base, vectors, engine.model, engine.mesh, run.pool, run.merging.places)
 
 
 def tokenizer_of(run: Run) -> Tokenizer:

@@ -22,12 +22,12 @@ from optimer_jax.vectors.pool import load_pool
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 WEIGHTS = {'north': 0.4, 'east': 0.7}
-CODE = '''
+CODE = """
 import sys
 sys.path.insert(0, 'tests')
 from test_mesh_search import Path, main
 main(Path(sys.argv[1]))
-'''
+"""
 HOW = {'one': (1, 1), 'eight': (1, 8), 'two': (2, 4)}  # processes, and devices of each
 
 
@@ -59,8 +59,8 @@ def main(directory: Path) -> None:
   found['greedy'], found['drawn'] = texts(), texts(Sampling(temperature=1.0, top_k=20))
   if engine.mesh:
     wanted = shardings(logical_axes(engine.model), abstract_params(engine.model), engine.mesh)
-    trees = (params, pool.base, *pool.vectors)
-    kept = [jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), t, wanted) for t in trees]
+    same = lambda a, s: a.sharding.is_equivalent_to(s, a.ndim)
+    kept = [jax.tree.map(same, tree, wanted) for tree in (params, pool.base, *pool.vectors)]
     found['placed'] = all(jax.tree.leaves(kept))
 
   compiled = []

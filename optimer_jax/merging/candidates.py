@@ -1,7 +1,7 @@
 """From a pool in memory and a point of the search to a candidate's parameters."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,14 @@ from optimer_jax.checkpoints.names import contracted_axes
 from optimer_jax.checkpoints.quantized import Quantized
 from optimer_jax.errors import UsageError
 from optimer_jax.gemma3 import from_leaves, logical_axes, to_leaves
+from optimer_jax.gemma3.placement import everywhere
 from optimer_jax.merging import methods
-from optimer_jax.merging.weighted_sum import ALL, Groups, weighted_sum
+from optimer_jax.merging.weighted_sum import ALL, Groups, Unmerged, weighted_sum
 from optimer_jax.parallel.sharding import shardings
 from optimer_jax.vectors.pool import Pool
+from optimer_jax.vectors.room import PLACES
 
+_TOP = ('embedder', 'final_norm')  # a model's parameters outside its layers, first in its tree
 # At weights of zero these give something else than the base, or have no weights at all.
 _WITHOUT_ZERO = ('linear', 'model_stock', 'multislerp', 'sce', 'slerp')
 
@@ -55,6 +58,11 @@ class MergeConfig:
   @property
   def is_weighted_sum(self) -> bool:
     return self.method == 'task_arithmetic' and self.scale == 1.0 and not self.normalize
+
+  @property
+  def places(self) -> tuple[str, ...]:
+    """Where a pool may be, of `vectors.room.PLACES`."""
+    return PLACES if self.is_weighted_sum else ('device',)
 
   def at(self, numbers: Mapping[str, float]) -> 'MergeConfig':
     """With the numbers of a point of the search: its density, where that is searched."""
@@ -118,8 +126,10 @@ def candidates(
 
   A point has the weights that `groups` names for the vectors of the pool, and may have a
   'density'. The parameters that the function returned before are gone when it is called again.
+  Where the pool's place is 'scan', those of layers are `Unmerged`.
   """
-  held = [jax.tree.map(jnp.copy, pool.base)]
+  merged = _TOP if pool.place == 'scan' else pool.base.keys()
+  held = [jax.tree.map(jnp.copy, _part(pool.base, merged))]
   names = groups.weights(pool.names, pool.model.config)
   index = None if groups == ALL else groups.index(pool.model)
 
@@ -127,7 +137,11 @@ def candidates(
     weights = np.array([[point[name] for name in names[vector]] for vector in pool.names])
     if config.is_weighted_sum:
       w = np.asarray(weights[:, 0] if index is None else weights.T, np.float32)
-      held[0] = weighted_sum(held[0], pool.base, pool.vectors, w, groups=index)
+      base, *vectors = (_part(tree, merged) for tree in (pool.base, *pool.vectors))
+      own = None if index is None else index[: len(jax.tree.leaves(base))]
+      held[0] = weighted_sum(held[0], base, vectors, w, groups=own)
+      if pool.place == 'scan':
+        return held[0] | _unmerged(pool, w, index)
     else:
       others = {key: value for key, value in point.items() if key not in pool.names}
       numbers = config.at(others).numbers(weights[:, 0].tolist())
@@ -135,6 +149,27 @@ def candidates(
     return held[0]
 
   return candidate
+
+
+def _part(tree: dict, keys: Iterable[str]) -> dict:
+  return {key: tree[key] for key in keys}
+
+
+def _unmerged(pool: Pool, weights: np.ndarray, index: tuple | None) -> dict:
+  """The layers' parameters; `weights` is [K], or [G, K] where `index` has the leaves' groups."""
+  leaves, structure = jax.tree.flatten(pool.base)
+  vectors = [structure.flatten_up_to(tree) for tree in pool.vectors]
+  stacks = structure.flatten_up_to(logical_axes(pool.model))
+  rows, placed, found = index or (0,) * len(leaves), {}, []
+  for base, row, axes, *own in zip(leaves, rows, stacks, *vectors, strict=True):
+    sizes = base.shape[: axes.count('layers')]
+    if (row, sizes) not in placed:
+      w = weights.reshape(-1, len(vectors))[np.asarray(row)]
+      w = np.broadcast_to(w, (*sizes, len(vectors)))
+      placed[row, sizes] = everywhere(w, pool.mesh)
+    found.append(Unmerged(placed[row, sizes], base, tuple(own)))
+  tree = structure.unflatten(found)
+  return _part(tree, tree.keys() - {*_TOP})
 
 
 def _merged(buffer: dict, pool: Pool, config: MergeConfig, numbers: methods.Numbers) -> dict:

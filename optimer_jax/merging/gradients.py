@@ -10,6 +10,7 @@ R in all its rows, D embed, V vocab, K vectors, G groups.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 from optimer_jax.checkpoints.quantized import Quantized
 from optimer_jax.gemma3 import Gemma3Config, Model, logical_axes, to_leaves
 from optimer_jax.gemma3.transformer import embed_logits, hidden
-from optimer_jax.merging.weighted_sum import ALL, Groups
+from optimer_jax.merging.weighted_sum import ALL, Groups, Unmerged, near
 
 # Elements of the embedding's gradient that exist at a time: 33 MB.
 BLOCK = 2**23
@@ -84,10 +85,12 @@ def likelihood_slopes(
     for vector, rows in zip(vectors, tables, strict=True)
   ]
 
+  each = functools.partial(jax.tree.map, is_leaf=lambda a: isinstance(a, Unmerged))
+
   def states(zeros: dict) -> jax.Array:
     x = hidden(
       model,
-      jax.tree.map(lambda a, z, *rest: _Watched(a, z, rest), watched, zeros, *shared),
+      each(lambda a, z, *rest: _Watched(a, z, rest), watched, zeros, *shared),
       jnp.arange(flat.size).reshape(tokens.shape),
       positions,
       segment_ids,
@@ -95,7 +98,7 @@ def likelihood_slopes(
     )
     return jax.vmap(lambda row, slots: row[slots])(x, at)  # B T D
 
-  stacks = jax.tree.map(
+  stacks = each(
     lambda a, axes: jnp.zeros((*a.shape[: axes.count('layers')], len(vectors))),
     watched,
     logical_axes(model),
@@ -162,12 +165,12 @@ def _cross_entropy(
 class _Watched:
   """A parameter that, where a layer takes its value, passes its gradient to the vectors."""
 
-  value: jax.Array
+  value: jax.Array | Unmerged
   zeros: jax.Array
   vectors: tuple
 
   def __getitem__(self, index) -> jax.Array:
-    return _value(self.value, self.zeros, self.vectors)[index]
+    return _value(self.value[...], self.zeros, self.vectors)[index]
 
 
 @jax.custom_vjp
@@ -184,7 +187,7 @@ _value.defvjp(
 
 def _rows(table: jax.Array | Quantized, tokens: jax.Array) -> jax.Array | Quantized:
   """The rows [n, D] of n tokens; an embedding's scales are rows too."""
-  return jax.tree.map(lambda a: a[tokens], table)
+  return jax.tree.map(lambda a: a[tokens], near(table))
 
 
 def _products(gradient: jax.Array, vectors: Sequence[jax.Array | Quantized]) -> jax.Array:
@@ -194,5 +197,6 @@ def _products(gradient: jax.Array, vectors: Sequence[jax.Array | Quantized]) -> 
 
 
 def _exact(vector: jax.Array | Quantized) -> jax.Array:
+  vector = near(vector)
   exact = vector.dequantize() if isinstance(vector, Quantized) else vector
   return exact.astype(jnp.float32)

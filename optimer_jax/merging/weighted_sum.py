@@ -14,6 +14,8 @@ from optimer_jax.gemma3 import Gemma3Config, Model, from_leaves, leaf_shapes
 from optimer_jax.merging.combination import moved, times
 from optimer_jax.vectors.geometry import layer_of, module_of
 
+STACKS = ('groups', 'tail')  # of layers: see gemma3.transformer
+
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
@@ -87,8 +89,9 @@ def weighted_sum(
 
   Sums in float32 and rounds once, to the buffer's dtype. Every byte of base and vectors is read
   once and nothing is allocated: on CPU a fresh output costs three times the time. New weights do
-  not recompile. Arrays are combined place by place, so sharded ones need no communication. Where
-  the vectors add nothing the base stays as it is, bit for bit.
+  not recompile. Arrays are combined place by place, so sharded ones need no communication. Vectors
+  in the host's memory come to the devices layer by layer. Where the vectors add nothing the base
+  stays as it is, bit for bit.
 
   Args:
     buffer: parameters whose memory is given up (donated): do not use them again.
@@ -100,15 +103,61 @@ def weighted_sum(
   Returns:
     The candidate, in the buffer's place.
   """
-  out, structure = jax.tree.flatten(buffer)
+  out, structure = jax.tree.flatten_with_path(buffer)
   rows = groups or (0,) * len(out)
   weights = weights.reshape(-1, len(vectors))
   flat = [structure.flatten_up_to(tree) for tree in (base, *vectors)]
   sums = [
-    _leaf(o, weights[np.asarray(row)], *arrays)
-    for o, row, *arrays in zip(out, rows, *flat, strict=True)
+    (_by_layer if path[0].key in STACKS and _is_far(arrays) else _leaf)(
+      o, weights[np.asarray(row)], *arrays
+    )
+    for (path, o), row, *arrays in zip(out, rows, *flat, strict=True)
   ]
   return structure.unflatten(sums)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unmerged:
+  """A parameter in a candidate's tree that is merged where a layer takes its value.
+
+  Attributes:
+    weights: float32 [K], or [..., K] over the leading axes of a leaf that stacks layers.
+    base: of the base.
+    vectors: K, as `weighted_sum` takes them.
+  """
+
+  weights: jax.Array
+  base: jax.Array
+  vectors: tuple
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.base.shape
+
+  def __getitem__(self, index) -> jax.Array:
+    return _leaf(self.base, self.weights, self.base, *self.vectors)[index]
+
+
+def near(tree):
+  """Arrays in the devices' memory, brought there if they are in the host's; inside a jit."""
+  here = lambda a: jax.device_put(a, jax.memory.Space.Device) if _is_far(a) else a
+  return jax.tree.map(here, tree)
+
+
+def _is_far(tree) -> bool:
+  return any(jax.typeof(a).memory_space == jax.memory.Space.Host for a in jax.tree.leaves(tree))
+
+
+def _by_layer(out: jax.Array, weights: jax.Array, base: jax.Array, *vectors) -> jax.Array:
+  """As `_leaf`, one layer (of a stack of stacks, one stack) after the other."""
+
+  def layer(i, out):
+    at = lambda tree: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False), tree)
+    new = _leaf(at(out), at(weights) if weights.ndim > 1 else weights, *at((base, *vectors)))
+    return jax.lax.dynamic_update_index_in_dim(out, new, i, 0)
+
+  return jax.lax.fori_loop(0, len(out), layer, out)
 
 
 def _leaf(out: jax.Array, weights: jax.Array, base: jax.Array, *vectors) -> jax.Array:
@@ -116,6 +165,7 @@ def _leaf(out: jax.Array, weights: jax.Array, base: jax.Array, *vectors) -> jax.
   change = jnp.zeros((), jnp.float32)
   for i, vector in enumerate(vectors):
     weight = weights[..., i].reshape(*weights.shape[:-1], *[1] * (base.ndim - weights.ndim + 1))
+    vector = near(vector)
     exact = vector.dequantize() if isinstance(vector, Quantized) else vector.astype(jnp.float32)
     change += times(weight, exact)
   return moved(base.astype(jnp.float32), change).astype(out.dtype)

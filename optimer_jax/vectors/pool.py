@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,6 +16,9 @@ from optimer_jax.errors import UserError
 from optimer_jax.gemma3 import Model
 from optimer_jax.gemma3.placement import place_leaves
 from optimer_jax.vectors.extract import check_parent
+from optimer_jax.vectors.room import PLACES, choose_place
+
+FAR = 'pinned_host'  # memory of the host that devices read by themselves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Pool:
   fingerprint: str  # of the base and all vectors
   manifests: Mapping[str, store.Manifest]  # by name, and the base's as 'base'
   mesh: Mesh | None = None  # that they are split over; None: one device
+  place: str = 'device'  # of the vectors and candidates: one of `room.PLACES`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,12 @@ class OpenPool:
 
 
 def load_pool(
-  base: Path | str, vectors: Mapping[str, Path | str], model: Model, mesh: Mesh | None = None
+  base: Path | str,
+  vectors: Mapping[str, Path | str],
+  model: Model,
+  mesh: Mesh | None = None,
+  place: str = 'device',
+  possible: Sequence[str] = PLACES,
 ) -> Pool:
   """Reads and checks a pool. Vectors stay in the form in which they are stored.
 
@@ -51,6 +61,7 @@ def load_pool(
     vectors: data set name to vector artifact.
     model: how to compute; its config is checked against the base's.
     mesh: devices, of all processes, to split base and vectors over; default: one.
+    place, possible: as `choose_place` takes them.
 
   Raises:
     UserError: a vector of another base or architecture, a value that is not finite, or a damaged
@@ -59,14 +70,23 @@ def load_pool(
   manifests = _manifests(base, vectors)
   if manifests['base'].model != model.config:
     raise UserError(f'{base} has another architecture than the run: {manifests["base"].model}')
+  place = choose_place(place, possible, manifests, model, mesh)
+
+  def vector(path: Path | str) -> dict:
+    tree = place_leaves(model, _stored(path), mesh)
+    if place != 'host':
+      return tree
+    return jax.device_put(tree, jax.tree.map(lambda a: a.sharding.with_memory_kind(FAR), tree))
+
   return Pool(
     names=tuple(vectors),
     model=model,
     base=place_leaves(model, _stored(base), mesh),
-    vectors=tuple(place_leaves(model, _stored(path), mesh) for path in vectors.values()),
+    vectors=tuple(map(vector, vectors.values())),
     fingerprint=pool_fingerprint(manifests),
     manifests=manifests,
     mesh=mesh,
+    place=place,
   )
 
 
