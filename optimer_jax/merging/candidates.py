@@ -18,7 +18,7 @@ from optimer_jax.parallel.sharding import shardings
 from optimer_jax.vectors.pool import Pool
 from optimer_jax.vectors.room import PLACES
 
-_TOP = ('embedder', 'final_norm')  # a model's parameters outside its layers, first in its tree
+TOP = ('embedder', 'final_norm')  # a model's parameters outside its layers, first in its tree
 # At weights of zero these give something else than the base, or have no weights at all.
 _WITHOUT_ZERO = ('linear', 'model_stock', 'multislerp', 'sce', 'slerp')
 
@@ -128,7 +128,7 @@ def candidates(
   'density'. The parameters that the function returned before are gone when it is called again.
   Where the pool's place is 'scan', those of layers are `Unmerged`.
   """
-  merged = _TOP if pool.place == 'scan' else pool.base.keys()
+  merged = TOP if pool.place == 'scan' else pool.base.keys()
   held = [jax.tree.map(jnp.copy, _part(pool.base, merged))]
   names = groups.weights(pool.names, pool.model.config)
   index = None if groups == ALL else groups.index(pool.model)
@@ -169,7 +169,7 @@ def _unmerged(pool: Pool, weights: np.ndarray, index: tuple | None) -> dict:
       placed[row, sizes] = everywhere(w, pool.mesh)
     found.append(Unmerged(placed[row, sizes], base, tuple(own)))
   tree = structure.unflatten(found)
-  return _part(tree, tree.keys() - {*_TOP})
+  return _part(tree, tree.keys() - {*TOP})
 
 
 def _merged(buffer: dict, pool: Pool, config: MergeConfig, numbers: methods.Numbers) -> dict:

@@ -15,11 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optimer_jax.errors import UsageError
 from optimer_jax.evaluation import scoring
 from optimer_jax.gemma3 import SIZES, Model, abstract_params, logical_axes
-from optimer_jax.merging.weighted_sum import weighted_sum
+from optimer_jax.merging.candidates import TOP
+from optimer_jax.merging.weighted_sum import Unmerged, weighted_sum
 from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, shardings
 from optimer_jax.planning.topologies import Topology
 from optimer_jax.training.state import abstract_state
 from optimer_jax.training.train import TrainConfig, optimizer, train_step
+from optimer_jax.vectors.room import FAR, PLACES, far
 
 
 class UnsuitableMesh(UsageError):
@@ -42,6 +44,7 @@ class Case:
     mesh: devices along each axis; default: `default_mesh`. How many slices there are is the
       topology's to say.
     vectors: K, of merge and evaluate.
+    pool: where they are, of `vectors.room.PLACES`; a candidate is merged in 'evaluate' for 'scan'.
     training: of train; its batch is the one above.
     dtype: of activations, and of the base, vectors and candidate of a search.
     remat: what layers keep for their gradient, as in `gemma3.Model`.
@@ -57,13 +60,15 @@ class Case:
   length: int = 4096
   mesh: MeshConfig | None = None
   vectors: int = 5
+  pool: str = 'device'
   training: TrainConfig = TRAINING
   dtype: str = 'bfloat16'
   remat: str = 'layer'
 
   def __post_init__(self):
-    for what, name, names in (('size', self.size, SIZES), ('stage', self.stage, STAGES)):
-      if name not in names:
+    known = {'size': SIZES, 'stage': STAGES, 'pool': PLACES}
+    for what, names in known.items():
+      if (name := getattr(self, what)) not in names:
         raise UsageError(f'{name!r} is no {what}; known are {", ".join(names)}')
     if min(self.batch, self.length, self.vectors) < 1:
       raise UsageError('batch, length and vectors must be 1 or more')
@@ -110,7 +115,7 @@ class Program:
     return sum(
       math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
       for a in jax.tree.leaves((self.arguments, self.beside))
-      if isinstance(a, jax.ShapeDtypeStruct)
+      if isinstance(a, jax.ShapeDtypeStruct) and a.sharding.memory_kind != FAR
     )
 
 
@@ -150,23 +155,49 @@ def _extract(case: Case, mesh: Mesh) -> Program:
 
 
 def _merge(case: Case, mesh: Mesh) -> Program:
-  params = _params(case.model, case.dtype, mesh)
+  params, vectors = _params(case.model, case.dtype, mesh), _vectors(case, mesh)
   weights = _whole((case.vectors,), jnp.float32, mesh)
-  return Program(weighted_sum, (params, params, (params,) * case.vectors, weights))
+  if case.pool != 'scan':
+    return Program(weighted_sum, (params, params, vectors, weights))
+  top = lambda tree: {key: tree[key] for key in TOP}
+  own = (top(params), top(params), tuple(map(top, vectors)), weights)
+  layers = lambda tree: {key: tree[key] for key in tree.keys() - {*TOP}}
+  return Program(weighted_sum, own, beside=(layers(params), *map(layers, vectors)))
 
 
 def _evaluate(case: Case, mesh: Mesh) -> Program:
   """One batch of requests to a candidate, with the pool that it was merged from at hand."""
-  params = _params(case.model, case.dtype, mesh)
+  params, vectors = _params(case.model, case.dtype, mesh), _vectors(case, mesh)
+  beside, candidate = (params, *vectors), params
+  if case.pool == 'scan':
+
+    def unmerged(base, axes, *own):
+      stack = base.shape[: axes.count('layers')]
+      return Unmerged(_whole((*stack, len(own)), jnp.float32, mesh), base, own)
+
+    candidate = jax.tree.map(unmerged, params, logical_axes(case.model), *vectors)
+    candidate |= {key: params[key] for key in TOP}
+    beside = tuple({key: tree[key] for key in TOP} for tree in beside)
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   chunk = scoring.logit_slots(case.batch // ways, case.model.config.vocab_size)
   pieces = _whole((), jnp.int32, mesh)
   rows = (_rows(case, mesh, scoring.ARRAYS) | {'branch_ids': None}).values()  # plain documents
   return Program(
     scoring.score_batch,
-    (case.model, chunk, params, None, pieces, *rows),
-    beside=(params,) * (1 + case.vectors),
+    (case.model, chunk, candidate, None, pieces, *rows),
+    beside=beside,
   )
+
+
+def _vectors(case: Case, mesh: Mesh) -> tuple[dict, ...]:
+  vector = _params(case.model, case.dtype, mesh)
+  if case.pool == 'host':
+    vector = jax.tree.map(
+      lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+      vector,
+      far(vector),
+    )
+  return (vector,) * case.vectors
 
 
 def _params(model: Model, dtype: str, mesh: Mesh) -> dict:

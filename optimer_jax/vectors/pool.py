@@ -16,9 +16,7 @@ from optimer_jax.errors import UserError
 from optimer_jax.gemma3 import Model
 from optimer_jax.gemma3.placement import place_leaves
 from optimer_jax.vectors.extract import check_parent
-from optimer_jax.vectors.room import PLACES, choose_place
-
-FAR = 'pinned_host'  # memory of the host that devices read by themselves
+from optimer_jax.vectors.room import PLACES, choose_place, far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ def load_pool(
     tree = place_leaves(model, _stored(path), mesh)
     if place != 'host':
       return tree
-    return jax.device_put(tree, jax.tree.map(lambda a: a.sharding.with_memory_kind(FAR), tree))
+    return jax.device_put(tree, far(tree))
 
   return Pool(
     names=tuple(vectors),

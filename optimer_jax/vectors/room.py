@@ -25,6 +25,7 @@ from optimer_jax.parallel.sharding import spec
 from optimer_jax.progress import say
 
 PLACES = ('device', 'scan', 'host')  # in the order in which they are tried
+FAR = 'pinned_host'  # memory of the host that devices read by themselves
 SHARE = 0.8  # of a device's memory: the rest is for activations, caches and programs
 
 
@@ -62,6 +63,17 @@ def choose_place(
     f' (of {room / 1e9:.2f} GB a device: {every})'
   )
   return found
+
+
+def far(vector: dict) -> dict:
+  """The shardings of a vector's arrays with the large ones in the host's memory.
+
+  Norm scales, and those of int8 values, are next to nothing, and no shape for a TPU to slice there.
+  """
+  return jax.tree.map_with_path(
+    lambda path, a: a.sharding if 'scale' in str(path[-1]) else a.sharding.with_memory_kind(FAR),
+    vector,
+  )
 
 
 def needed(manifests: Mapping[str, Manifest], model: Model, mesh: Mesh | None) -> dict[str, float]:
