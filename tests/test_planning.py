@@ -149,6 +149,21 @@ def test_bytes_before_a_step():
   assert size('evaluate') == 7 * 2 * PARAMS + 6 * rows + 4
 
 
+def test_bytes_of_a_pool_elsewhere():
+  mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
+  config = SIZES['tiny']
+  top = config.vocab_size * config.embed_dim + config.embed_dim
+  norms = config.num_layers * (4 * config.embed_dim + 2 * config.head_dim) + config.embed_dim
+  stacks = 5 + 1 + 2  # layers that share an array of weights, for each of 13 parameters
+  for stage, others in (('merge', 5 * 4), ('evaluate', 6 * 4 * 8 * 64 + 4)):
+    size = lambda pool, stage=stage: (
+      program(Case('tiny', stage, V5E_4, 8, 64, vectors=5, pool=pool), mesh).bytes_before
+    )
+    assert size('host') == 2 * 2 * PARAMS + 5 * 2 * norms + others
+    weights = 13 * stacks * 5 * 4 if stage == 'evaluate' else 0
+    assert size('scan') == 6 * 2 * PARAMS + 2 * top + weights + others
+
+
 @pytest.mark.parametrize(
   ('stage', 'batch', 'accumulate', 'sizes'),
   [
@@ -173,6 +188,7 @@ def test_the_default_mesh_splits_rows_first(stage, batch, accumulate, sizes):
   [
     ({'size': '28b'}, "'28b' is no size; known are 270m"),
     ({'stage': 'search'}, "'search' is no stage; known are train, extract, merge, evaluate"),
+    ({'pool': 'auto'}, "'auto' is no pool; known are device, scan, host"),
     ({'batch': 0}, 'must be 1 or more'),
     ({'training': TrainConfig(accumulate=3)}, 'batch 64 does not divide into 3 pieces'),
   ],
@@ -350,6 +366,9 @@ def test_the_tiny_model_for_a_real_slice():
   merged = plan(dataclasses.replace(case, stage='merge'))
   # The candidate is written into the last one's memory: only the program is new.
   assert merged.fits and merged.temporaries < found.temporaries
+  for stage, pool in (('merge', 'host'), ('evaluate', 'host'), ('evaluate', 'scan')):
+    near, other = (plan(dataclasses.replace(case, stage=stage, pool=p)) for p in ('device', pool))
+    assert other.fits and other.total < near.total
   assert jax.default_backend() == 'cpu'
   with pytest.raises(UnsuitableMesh, match='3 rows cannot be split over data=1 x fsdp=2'):
     plan(dataclasses.replace(case, batch=3))

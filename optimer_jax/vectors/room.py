@@ -57,11 +57,11 @@ def choose_place(
   sizes, room = needed(manifests, model, mesh), SHARE * memory
   fitting = [place for place in possible if sizes[place] <= room]
   found = wanted if wanted != 'auto' else (*fitting, possible[-1])[0]
-  every = ', '.join(f'{place} {size / 1e9:.2f} GB' for place, size in sizes.items())
-  say(
-    f'pool: {found}, {"as was fitting" if wanted == "auto" and fitting else "as asked"}'
-    f' (of {room / 1e9:.2f} GB a device: {every})'
-  )
+  why = 'as Run.pool says' if wanted != 'auto' else 'the first that fits'
+  if wanted == 'auto' and not fitting:
+    why = 'though none fits'
+  every = ', '.join(f'{place} {size / 1e9:.2f}' for place, size in sizes.items())
+  say(f'pool: {found}, {why} (GB of the {room / 1e9:.2f} that a device has for it: {every})')
   return found
 
 
@@ -78,7 +78,7 @@ def far(vector: dict) -> dict:
 
 def needed(manifests: Mapping[str, Manifest], model: Model, mesh: Mesh | None) -> dict[str, float]:
   """Bytes of base, vectors and candidate on each device, by place."""
-  axes, top = leaf_axes(model), 0.0
+  axes = leaf_axes(model)
 
   def size(manifest: Manifest, only: str = '') -> float:
     total = 0

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from test_together import check_killed
 
 from optimer_jax.files import read_json, read_jsonl
 from optimer_jax.search.serve import serving
@@ -58,15 +59,16 @@ SLICE = textwrap.dedent("""
   from test_study import PARAMETERS, TASKS, Evaluate
   from optimer_jax.errors import UserError
   from optimer_jax.search.study import Study, StudyConfig
-  from optimer_jax.search.workers import everywhere, work
+  from optimer_jax.search.together import led
+  from optimer_jax.search.workers import work
   study = Study(StudyConfig(trials=5), PARAMETERS, dict.fromkeys(TASKS, 'data'), 'pool')
   # Only process 0 reads and writes files.
   directory, evaluate = Path(sys.argv[2]) / ('' if sys.argv[3] == '0' else 'nowhere'), Evaluate()
-  best = work(directory, study, evaluate, (), 'slice')
-  def fail():
+  best = led(lambda evaluate: work(directory, study, evaluate, (), 'slice'), evaluate)
+  def fail(evaluate):
     raise UserError('as process 0 says')
   try:
-    everywhere(fail)
+    led(fail, evaluate)
   except UserError as error:
     print(json.dumps([evaluate.points, best['weights'], evaluate.examples, str(error)]))
 """)
@@ -88,6 +90,10 @@ def test_the_processes_of_a_slice_evaluate_together(tmp_path):
   assert len(points) == len(read_jsonl(tmp_path / 'trials.jsonl')) == 5
   assert weights == read_json(tmp_path / 'best.json')['weights']
   assert error == 'as process 0 says' and not (tmp_path / 'nowhere').exists()
+
+
+def test_when_process_0_is_killed_the_other_ends_and_nothing_is_lost(tmp_path):
+  check_killed(tmp_path, 0)
 
 
 def start(directory: Path, cache: Path, role: str) -> subprocess.Popen:
