@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
       sub.add_argument('--length', type=int, metavar='T', help='tokens of a row')
       sub.add_argument('--mesh', metavar='AXIS=N,…', help='as in fsdp=-1,tensor=4')
       sub.add_argument('--vectors', type=int, metavar='K', help='of merge and evaluate')
+      sub.add_argument('--pool', metavar='PLACE', help='of the vectors: device, scan or host')
       sub.add_argument(
         '--find-smallest', action='store_true', help='--topology is then a kind of chip, as in v5e'
       )
@@ -316,7 +317,7 @@ def _plan(options: argparse.Namespace, bindings: list[str]) -> None:
     return
   from optimer_jax.planning.plan import print_plans
 
-  for key in ('batch', 'length', 'vectors'):
+  for key in ('batch', 'length', 'vectors', 'pool'):
     if getattr(options, key) is not None:
       settings[key] = getattr(options, key)
   print_plans(options.model, options.stage, options.topology, options.find_smallest, **settings)

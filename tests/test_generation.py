@@ -190,7 +190,7 @@ def test_draws_follow_the_distribution(engine, params):
       assert 1 < np.count_nonzero(p) < 5
     p /= p.sum()
     numbers = jnp.arange(many)
-    drawn = generation._pick(params, rows, sampling, jax.random.key(0), numbers, numbers)
+    drawn = generation._pick(params, rows, sampling, np.uint32(0), numbers, numbers)
     counts = np.bincount(drawn, minlength=len(p))
     assert not counts[p == 0].any()
     assert (np.abs(counts - many * p) <= 5 * np.sqrt(many * p * (1 - p)) + 1).all()

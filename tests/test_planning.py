@@ -285,6 +285,7 @@ def test_without_libtpu_one_sentence(monkeypatch, capsys):
     (['--model=27b', '--topology=v5e:2x2', '--mesh=expert=4'], 'cannot be read: write it as in'),
     (['--model=27b', '--topology=v5e:2x2', '--gin.Run.length=8'], 'give one with --gin_file'),
     (['--model=99b', '--topology=v5e:2x2'], "'99b' is no size"),
+    (['--model=27b', '--topology=v5e:2x2', '--pool=hbm'], "'hbm' is no pool; known are device"),
   ],
 )
 def test_usage_is_one_sentence(arguments, sentence, capsys, monkeypatch):
