@@ -237,7 +237,7 @@ def search(run: Run, worker: str = '', server: str | None = None) -> dict:
   run.merging.check_searchable(len(vectors), config.density, linear)
   with stage(run, f'search/{config.name}', worker) as cost:
     engine = engine_of(run)
-    pool = pool_of(run, engine)
+    pool = pool_of(run, engine, gradients=config.sampler == 'gradient')
     tasks = prepare(tasks_of(run, 'dev'), engine, 'dev')
     study = Study(
       config,

@@ -139,10 +139,14 @@ def mesh_of(run: Run) -> Mesh | None:
   return mesh if mesh.size > 1 else None
 
 
-def pool_of(run: Run, engine: Engine) -> Pool:
-  """The base and all vectors, where `Run.pool` or what there is room for says."""
+def pool_of(run: Run, engine: Engine, gradients: bool = False) -> Pool:
+  """The base and all vectors, where `Run.pool` or what there is room for says.
+
+  Gradients, if they are wanted, are taken of vectors in the devices' memory only.
+  """
+  possible = [place for place in run.merging.places if not gradients or place != 'host']
   base, vectors = run.path / 'base', run.vector_paths
-  return load_pool(base, vectors, engine.model, engine.mesh, run.pool, run.merging.places)
+  return load_pool(base, vectors, engine.model, engine.mesh, run.pool, possible)
 
 
 def tokenizer_of(run: Run) -> Tokenizer:

@@ -68,7 +68,7 @@ def searched(run: Run) -> dict:
   return {'weights': best['weights'], 'scores': found['scores']}
 
 
-def pooled(run: Run, with_gradient: tuple[str, ...] = room.PLACES) -> dict:
+def pooled(run: Run, with_gradient: tuple[str, ...] = ('device', 'scan')) -> dict:
   """Scores and gradients with the pool in each place; what is compiled for a second candidate."""
   engine, found, compiled = engine_of(run), {}, []
   (task, *_) = prepare(tasks_of(run, 'dev'), engine, 'dev').values()

@@ -20,7 +20,7 @@ import numpy as np
 from optimer_jax.checkpoints.quantized import Quantized
 from optimer_jax.gemma3 import Gemma3Config, Model, logical_axes, to_leaves
 from optimer_jax.gemma3.transformer import embed_logits, hidden
-from optimer_jax.merging.weighted_sum import ALL, Groups, Unmerged, near
+from optimer_jax.merging.weighted_sum import ALL, Groups, Unmerged
 
 # Elements of the embedding's gradient that exist at a time: 33 MB.
 BLOCK = 2**23
@@ -187,7 +187,7 @@ _value.defvjp(
 
 def _rows(table: jax.Array | Quantized, tokens: jax.Array) -> jax.Array | Quantized:
   """The rows [n, D] of n tokens; an embedding's scales are rows too."""
-  return jax.tree.map(lambda a: a[tokens], near(table))
+  return jax.tree.map(lambda a: a[tokens], table)
 
 
 def _products(gradient: jax.Array, vectors: Sequence[jax.Array | Quantized]) -> jax.Array:
@@ -197,6 +197,5 @@ def _products(gradient: jax.Array, vectors: Sequence[jax.Array | Quantized]) -> 
 
 
 def _exact(vector: jax.Array | Quantized) -> jax.Array:
-  vector = near(vector)
   exact = vector.dequantize() if isinstance(vector, Quantized) else vector
   return exact.astype(jnp.float32)

@@ -40,16 +40,16 @@ def choose_place(
 
   Args:
     wanted: one of `PLACES`, or 'auto'.
-    possible: what the merge method can do of `PLACES`; the first always.
+    possible: those of `PLACES` that what is to be done can have; the first always.
     manifests: of the base, as 'base', and the vectors.
     model: how to compute.
     mesh: devices; default: the first.
 
   Raises:
-    UsageError: there is no such place, or the merge method cannot do it.
+    UsageError: there is no such place, or it is not possible.
   """
   if wanted not in ('auto', *possible):
-    problem = 'is for other merges' if wanted in PLACES else 'is no place for a pool'
+    problem = 'is not for this search' if wanted in PLACES else 'is no place for a pool'
     raise UsageError(f"Run.pool = {wanted!r} {problem}: choose 'auto' or {', '.join(possible)}")
   memory = once(_memory)
   if memory is None:
