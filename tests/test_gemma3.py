@@ -28,6 +28,7 @@ from optimer_jax.gemma3 import (
   token_nats,
 )
 from optimer_jax.gemma3.config import from_hf, to_hf
+from optimer_jax.gemma3.loss import BLOCK, nats_by_blocks
 from optimer_jax.gemma3.transformer import embed_logits, hidden
 
 CONFIG = next(iter(TINY.values()))  # both kinds of layer, a remainder, two key-value heads
@@ -259,8 +260,9 @@ def test_loss_equals_plain_cross_entropy(chunks):
   np.testing.assert_allclose(nats, expected, atol=1e-5)
 
 
-def test_packed_gradients_are_the_sum_of_the_documents():
-  model = Model(CONFIG, scan=True, loss_chunks=5)
+@BOTH
+def test_packed_gradients_are_the_sum_of_the_documents(scan):
+  model = Model(CONFIG, scan=scan, loss_chunks=5)
   loss = lambda p: token_nats(model, p, **packed())[0].sum()
   gradient = functools.partial(jax.jit, compiler_options=UNOPTIMISED)
   found_loss, found = gradient(jax.value_and_grad(loss))(params_of(model))
@@ -292,6 +294,24 @@ def array_sizes(jaxpr) -> list[int]:
   return sizes
 
 
+@pytest.mark.parametrize('block', [7, 60, 1000])
+def test_loss_by_blocks_of_the_vocabulary(block):
+  rng = np.random.default_rng(0)
+  table, x, factors = (rng.standard_normal(n, np.float32) for n in ((300, 16), (40, 16), 40))
+  targets = rng.integers(0, 300, 40, dtype=np.int32)
+  targets[:2] = 0, 299
+
+  def plain(table, x):
+    log_probs = jax.nn.log_softmax(x @ table.T)
+    return -jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
+
+  found, back = jax.vjp(lambda table, x: nats_by_blocks(table, x, targets, block), table, x)
+  expected, plain_back = jax.vjp(plain, table, x)
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+  for gradient, right in zip(back(factors), plain_back(factors), strict=True):
+    np.testing.assert_allclose(gradient, right, rtol=1e-5, atol=1e-5)
+
+
 @BOTH
 def test_gradient_never_holds_all_logits(scan):
   config = dataclasses.replace(CONFIG, vocab_size=4096)
@@ -302,9 +322,27 @@ def test_gradient_never_holds_all_logits(scan):
     return max(array_sizes(jax.make_jaxpr(jax.grad(loss))(abstract_params(model)).jaxpr))
 
   every = BATCH * LENGTH * config.vocab_size
-  assert largest(1) == every  # so it would be seen
-  assert largest(2) == every // 2
-  assert largest(4) == config.vocab_size * config.embed_dim  # the embedding itself
+  if scan:
+    assert largest(1) == every  # so it would be seen
+    assert largest(2) == every // 2
+    assert largest(4) == config.vocab_size * config.embed_dim  # the embedding itself
+  else:
+    assert largest(1) == BATCH * LENGTH * BLOCK < every
+
+
+def test_remat_holds_less():
+  """What an unrolled layer computes again is not computed before it is needed."""
+  config = dataclasses.replace(CONFIG, num_layers=6)
+
+  def held(remat):
+    model = Model(config, remat=remat)
+    loss = lambda p: token_nats(model, p, **packed())[0].sum()
+    compiled = jax.jit(jax.grad(loss)).lower(abstract_params(model)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  layer, dots, none = map(held, ('layer', 'dots', 'none'))
+  assert layer < dots < none
+  assert layer < none / 2
 
 
 # Decoding.

@@ -141,8 +141,8 @@ def test_bytes_before_a_step():
   mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
   size = lambda stage: program(Case('tiny', stage, V5E_4, 8, 64, vectors=5), mesh).bytes_before
   rows = 4 * 8 * 64
-  # Masters and two moments, the optimizer's two counters, three arrays of rows.
-  assert size('train') == 3 * 4 * PARAMS + 2 * 4 + 3 * rows
+  # Masters and two moments, the optimizer's counter, three arrays of rows.
+  assert size('train') == 3 * 4 * PARAMS + 4 + 3 * rows
   assert size('extract') == 2 * 4 * PARAMS
   # Base, five vectors and a candidate in bfloat16; five weights, or six arrays and a number.
   assert size('merge') == 7 * 2 * PARAMS + 5 * 4
