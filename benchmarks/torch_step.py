@@ -1,4 +1,4 @@
-"""The peer of `benchmarks.train_step`: training steps of transformers' Gemma 3, as they are asked for.
+"""The peer of `benchmarks.train_step`: training steps of transformers' Gemma 3, one at a time.
 
     python -P benchmarks/torch_step.py DIRECTORY sdpa|eager whole|checkpointed
 

@@ -4,20 +4,22 @@
 
 One random model on both sides, with all 262,144 rows of the embedding, in float32; the same rows of
 random tokens, the same loss over the same targets, clipping, AdamW and learning rates; as many
-threads, huge pages. Ours is `train_step` as training runs it, its state donated. The peer is
-`Gemma3ForCausalLM` with torch's fused AdamW, and sdpa or eager attention, with or without gradient
-checkpointing: whichever was fastest in a trial. B x T are the quickstart's 4 x 256 unless given:
-what two cores train on at a time.
+threads, huge pages. Ours is `train_step` as training runs it, its state donated; KIND is what
+layers keep for their gradients, `Model.remat`. The peer is `Gemma3ForCausalLM` with torch's fused
+AdamW, and sdpa or eager attention, with or without gradient checkpointing: whichever was fastest in
+a trial. B x T are the quickstart's 4 x 256 unless given: what two cores train on at a time.
 
 Each side is a process, so that its peak memory is its own, and they take steps in turns: one waits
 while the other computes. Rates are B x T over the median seconds of a step; the first, in which
-ours compiles, does not count. `loss_difference` is the largest relative difference of the losses of
-a step. Prints as the last line one JSON object. Needs the extra test, Linux, 16 GB of memory, 1.1
-GB of disk and 5 minutes on two cores. --quick takes the tiny shapes.
+ours compiles, does not count. `round_ratios` has the ratio of each pair, `loss_difference` the
+largest relative difference of the losses of a step. Prints as the last line one JSON object. Needs
+the extra test, Linux, 14 GB of memory, 1.1 GB of disk and 5 minutes on two cores. --quick takes the
+tiny shapes.
 """
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -121,8 +123,8 @@ def serve(directory: Path, model: Model, config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
-  """A side's process, until the block ends."""
+def started(command: list[str], log: Path) -> Iterator[Callable[[], dict]]:
+  """A side's process, until the block ends: what is called for a step, see `step`."""
   environment = {
     'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
     'HF_HUB_OFFLINE': '1',
@@ -143,7 +145,7 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
     ) as process,
   ):
     try:
-      yield process
+      yield functools.partial(step, process, log)
     finally:
       process.kill()
 
@@ -170,21 +172,23 @@ def fastest(peer: list[str], log: Path) -> tuple[str, ...]:
   """The way in which the peer's step takes least time."""
   seconds = {}
   for way in WAYS:
-    with started([*peer, *way], log) as process:
-      *_, last = (step(process, log) for _ in range(TRIAL))
+    with started([*peer, *way], log) as take:
+      *_, last = (take() for _ in range(TRIAL))
     seconds[way] = last['seconds']
     print(f'peer, {", ".join(way)}: {last["seconds"]:.2f} s, {last["peak_gb"]:.2f} GB', flush=True)
   return min(seconds, key=seconds.get)
 
 
-def compare(ours: list[str], peer: list[str], log: Path, tokens: int, rounds: int) -> dict:
+def compare(place: Path, arguments: list[str], tokens: int, rounds: int) -> dict:
   """Takes steps on both sides in turns, prints them, and returns the last line."""
+  log, peer = place / 'peer.log', [*PEER, str(place)]
   way = fastest(peer, log)
   found = {'ours': [], 'peer': []}
-  with started(ours, log) as mine, started([*peer, *way], log) as theirs:
+  ours = started([*OURS, str(place), *arguments], place / 'ours.log')
+  with ours as mine, started([*peer, *way], log) as theirs:
     for number in range(rounds + 1):
-      for name, process in (('ours', mine), ('peer', theirs)):
-        found[name].append(step(process, log))
+      for name, take in (('ours', mine), ('peer', theirs)):
+        found[name].append(take())
       a, b = (each[-1] for each in found.values())
       print(
         f'{"round " + str(number) if number else "warm up"}: {a["seconds"]:.2f} s and '
@@ -205,8 +209,8 @@ def compare(ours: list[str], peer: list[str], log: Path, tokens: int, rounds: in
     'peak_rss_gb': memory['ours'],
     'peer_peak_rss_gb': memory['peer'],
     'memory_ratio': memory['ours'] / memory['peer'],
-    'ratios': [round(b['seconds'] / a['seconds'], 3) for a, b in pairs[1:]],
-    'loss': [round(a['loss'], 6) for a, _ in pairs],
+    'round_ratios': [round(b['seconds'] / a['seconds'], 3) for a, b in pairs[1:]],
+    'losses': [round(a['loss'], 6) for a, _ in pairs],
     'loss_difference': max(abs(a['loss'] / b['loss'] - 1) for a, b in pairs),
     'peer': ', '.join(way),
   }
@@ -219,9 +223,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict:
     place = Path(place)
     write_work(place, model.config, config, options.length)
     print(f'{options.batch} rows of {options.length} tokens a step', flush=True)
-    mine = [*OURS, str(place), *arguments]
-    theirs = [*PEER, str(place)]
-    return compare(mine, theirs, place / 'log', options.batch * options.length, options.rounds)
+    return compare(place, arguments, options.batch * options.length, options.rounds)
 
 
 def main(arguments: list[str]) -> int:
@@ -230,7 +232,7 @@ def main(arguments: list[str]) -> int:
   parser.add_argument('--batch', type=int, default=4, metavar='B')
   parser.add_argument('--length', type=int, default=256, metavar='T')
   parser.add_argument('--rounds', type=int, default=8, metavar='R')
-  parser.add_argument('--remat', choices=tuple(REMAT), default='layer')
+  parser.add_argument('--remat', choices=tuple(REMAT), default='dots')
   parser.add_argument('--quick', action='store_true')
   parser.add_argument('--serve', type=Path, help=argparse.SUPPRESS)  # one side's own process
   options = parser.parse_args(arguments)
