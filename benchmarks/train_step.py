@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import print_found
@@ -46,16 +45,14 @@ from optimer_jax.gemma3 import (
   SIZES,
   Gemma3Config,
   Model,
-  abstract_params,
-  from_leaves,
   init_leaves,
   leaf_shapes,
-  logical_axes,
 )
 from optimer_jax.gemma3.config import to_hf
 from optimer_jax.gemma3.transformer import REMAT
-from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh, shardings
+from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh
 from optimer_jax.parallel.startup import start
+from optimer_jax.training.state import first_state
 from optimer_jax.training.train import TrainConfig, optimizer, schedule, train_step
 
 OURS = ('-m', 'benchmarks.train_step', '--serve')
@@ -106,12 +103,9 @@ def serve(directory: Path, model: Model, config: TrainConfig) -> None:
   tokens = np.load(directory / 'tokens.npy')
   devices = make_mesh(MeshConfig())
   rows = batch_sharding(devices)
-  placement = shardings(logical_axes(model), abstract_params(model), devices)
   with jax.set_mesh(devices):
-    params = from_leaves(model, init_leaves(model.config, config.seed))
-    params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=placement)(params)
-    state = {'params': params, 'optimizer': jax.jit(optimizer(config).init)(params)}
-    del params
+    leaves = lambda _: init_leaves(model.config, config.seed)
+    state = first_state(optimizer(config), model, devices, leaves)
     for now, _ in zip(tokens, sys.stdin, strict=False):
       began = time.perf_counter()
       positions = np.broadcast_to(np.arange(now.shape[1], dtype=np.int32), now.shape)

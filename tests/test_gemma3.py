@@ -28,7 +28,7 @@ from optimer_jax.gemma3 import (
   token_nats,
 )
 from optimer_jax.gemma3.config import from_hf, to_hf
-from optimer_jax.gemma3.loss import BLOCK, nats_by_blocks
+from optimer_jax.gemma3.loss import BLOCK
 from optimer_jax.gemma3.transformer import embed_logits, hidden
 
 CONFIG = next(iter(TINY.values()))  # both kinds of layer, a remainder, two key-value heads
@@ -294,24 +294,6 @@ def array_sizes(jaxpr) -> list[int]:
   return sizes
 
 
-@pytest.mark.parametrize('block', [7, 60, 1000])
-def test_loss_by_blocks_of_the_vocabulary(block):
-  rng = np.random.default_rng(0)
-  table, x, factors = (rng.standard_normal(n, np.float32) for n in ((300, 16), (40, 16), 40))
-  targets = rng.integers(0, 300, 40, dtype=np.int32)
-  targets[:2] = 0, 299
-
-  def plain(table, x):
-    log_probs = jax.nn.log_softmax(x @ table.T)
-    return -jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
-
-  found, back = jax.vjp(lambda table, x: nats_by_blocks(table, x, targets, block), table, x)
-  expected, plain_back = jax.vjp(plain, table, x)
-  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
-  for gradient, right in zip(back(factors), plain_back(factors), strict=True):
-    np.testing.assert_allclose(gradient, right, rtol=1e-5, atol=1e-5)
-
-
 @BOTH
 def test_gradient_never_holds_all_logits(scan):
   config = dataclasses.replace(CONFIG, vocab_size=4096)
@@ -328,21 +310,6 @@ def test_gradient_never_holds_all_logits(scan):
     assert largest(4) == config.vocab_size * config.embed_dim  # the embedding itself
   else:
     assert largest(1) == BATCH * LENGTH * BLOCK < every
-
-
-def test_remat_holds_less():
-  """What an unrolled layer computes again is not computed before it is needed."""
-  config = dataclasses.replace(CONFIG, num_layers=6)
-
-  def held(remat):
-    model = Model(config, remat=remat)
-    loss = lambda p: token_nats(model, p, **packed())[0].sum()
-    compiled = jax.jit(jax.grad(loss)).lower(abstract_params(model)).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-  layer, dots, none = map(held, ('layer', 'dots', 'none'))
-  assert layer < dots < none
-  assert layer < none / 2
 
 
 # Decoding.
