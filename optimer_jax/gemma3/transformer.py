@@ -105,8 +105,7 @@ class Transformer(nnx.Module):
     ):
       kind = 'global' if self.config.is_global(i) else 'local'
       graph, state = nnx.split(block)
-      step = functools.partial(_block, graph)
-      step = _remat(model, step)
+      step = _remat(model, functools.partial(_block, graph))
       with jax.named_scope(f'layer_{i}'):
         x, layer_cache = step(state, x, ropes[kind], views[kind], *past)
       new.append(layer_cache)
@@ -117,8 +116,9 @@ class Transformer(nnx.Module):
     cache, prefix = cache or {}, prefix or {}
 
     def step(graph, kind, x, state, *past):
+      policy, block = REMAT[model.remat], functools.partial(_block, graph)
       # Inside a scan nothing can be shared with the forward pass, so no barrier is needed.
-      block = _remat(model, functools.partial(_block, graph), prevent_cse=False)
+      block = jax.checkpoint(block, policy=policy, prevent_cse=False) if policy else block
       return block(state, x, ropes[kind], views[kind], *past)
 
     def local_layers(block, x, *past):
@@ -148,9 +148,32 @@ def _block(graph, state, x, r, view, cache, prefix):
   return constrain(x, RESIDUAL), cache
 
 
-def _remat(model, block, **options):
+def _remat(model, block):
+  """Rematerialisation of an unrolled layer.
+
+  What `jax.checkpoint` alone would compute again depends on the forward pass only: XLA's CPU
+  compiler, which drops barriers before it orders the program, does so at once and keeps the result.
+  So what is kept has 0 times the incoming gradient added to it.
+  """
   policy = REMAT[model.remat]
-  return jax.checkpoint(block, policy=policy, **options) if policy else block
+  if policy is None:
+    return block
+  block = jax.checkpoint(block, policy=policy)
+  run = jax.custom_vjp(block)
+
+  def forward(state, *inputs):
+    out, pull = jax.vjp(block, state, *inputs)
+    return out, (pull, state)
+
+  def backward(saved, gradients):
+    pull, state = saved
+    zero = 0 * gradients[0].ravel()[0]
+    weights = {id(leaf) for leaf in jax.tree.leaves(state)}
+    wait = lambda a: a if id(a) in weights or not jnp.issubdtype(a, jnp.floating) else a + zero
+    return jax.tree.map(wait, pull)(gradients)
+
+  run.defvjp(forward, backward)
+  return run
 
 
 @functools.lru_cache

@@ -38,8 +38,8 @@ class Plan:
     case: the question.
     mesh: devices along each axis.
     arguments: what is there before a step: state, or base, vectors and candidate, and rows.
-    temporaries: what a step needs beyond them, its program included; None where the arguments alone
-      are too much, and nothing was compiled.
+    temporaries: what a step needs beyond them, its program included; where nothing was compiled
+      only the gradient of a training step, and None of another stage.
     compile_s: seconds; None where nothing was compiled.
     limit: what a program may have.
     work, bound: see `roofline`.
@@ -94,7 +94,9 @@ class Plan:
 
 
 def plan(case: Case) -> Plan:
-  """Compiles the case's program for its slice, unless its arguments alone are too much.
+  """Compiles the case's program for its slice, unless it cannot fit by its arguments alone.
+
+  With those of a training step counts its gradient.
 
   Raises:
     UserError: libtpu is missing; UnsuitableMesh if the mesh does not fit the slice or the rows.
@@ -107,8 +109,8 @@ def plan(case: Case) -> Plan:
     raise UnsuitableMesh(f'{case.topology.name}: {error}') from error
   step, counted = program(case, mesh), work(case, mesh.shape)
   limit = case.topology.chip.limit_gib * GIB
-  size = Size(step.bytes_before, None, None)
-  if size.arguments <= limit:
+  size = Size(step.bytes_before, step.bytes_made or None, None)
+  if step.bytes_before + step.bytes_made <= limit:
     say(f'compiling {case.stage} of {case.size} for {case.topology.name} …')
     with jax.set_mesh(mesh):
       size = _compiled(step)

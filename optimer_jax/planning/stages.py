@@ -103,20 +103,36 @@ def default_mesh(case: Case) -> MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A jitted function, what it is called with, and what else lies in the devices' memory."""
+  """A jitted function, what it is called with, and what else lies in the devices' memory.
+
+  Attributes:
+    function, arguments: of the call.
+    beside: what else is there before a step.
+    made: arrays that a step must hold beside all of it, whatever the compiler does.
+  """
 
   function: Any
   arguments: tuple
   beside: tuple = ()
+  made: Any = ()
 
   @property
   def bytes_before(self) -> int:
     """On each device, of all that is there before a step."""
-    return sum(
-      math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-      for a in jax.tree.leaves((self.arguments, self.beside))
-      if isinstance(a, jax.ShapeDtypeStruct) and a.sharding.memory_kind != FAR
-    )
+    return _bytes((self.arguments, self.beside))
+
+  @property
+  def bytes_made(self) -> int:
+    """On each device, of `made`."""
+    return _bytes(self.made)
+
+
+def _bytes(tree) -> int:
+  return sum(
+    math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+    for a in jax.tree.leaves(tree)
+    if isinstance(a, jax.ShapeDtypeStruct) and a.sharding.memory_kind != FAR
+  )
 
 
 def program(case: Case, mesh: Mesh) -> Program:
@@ -140,7 +156,8 @@ def _train(case: Case, mesh: Mesh) -> Program:
   config = dataclasses.replace(case.training, batch=case.batch)
   rows = _rows(case, mesh, ('tokens', 'positions', 'segment_ids'))
   state = abstract_state(optimizer(config), case.model, mesh)
-  return Program(train_step, (case.model, config, state, rows))
+  # The norm of the whole gradient, by which it is clipped, is known before the first update.
+  return Program(train_step, (case.model, config, state, rows), made=state['params'])
 
 
 @jax.jit

@@ -64,19 +64,13 @@ def settings_of(config: TrainConfig) -> dict:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-  """AdamW after clipping, with linear warmup and cosine decay.
+  """AdamW's direction; clipping before it and the learning rate after it are `train_step`'s.
 
   The second moment stays float32: its digits decide the length of a step.
   """
   return optax.chain(
-    optax.clip_by_global_norm(config.clip),
-    optax.adamw(
-      schedule(config),
-      b1=config.b1,
-      b2=config.b2,
-      weight_decay=config.weight_decay,
-      mu_dtype=config.first_moment,
-    ),
+    optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=config.first_moment),
+    optax.add_decayed_weights(config.weight_decay),
   )
 
 
@@ -124,18 +118,22 @@ def train_step(
 
     zero = ((0.0, 0), jax.tree.map(jnp.zeros_like, state['params']))
     ((nats, targets), grads), _ = jax.lax.scan(add, zero, pieces)
-  # Pieces may hold different numbers of targets: the mean is taken over the whole batch.
-  grads = jax.tree.map(lambda g: g / targets, grads)
-  adamw = optimizer(config)
-  updates, opt_state = adamw.update(grads, state['optimizer'], state['params'])
+  # Pieces may hold different numbers of targets: the mean is taken over the whole batch. Mean, clip
+  # and learning rate are single factors, so that no other copies of all parameters are made.
+  norm = optax.tree.norm(grads) / targets
+  factor = jnp.minimum(1.0, config.clip / norm) / targets
+  grads = jax.tree.map(lambda g: g * factor, grads)
+  direction, rate = optimizer(config), schedule(config)(state['optimizer'][0].count)
+  updates, opt_state = direction.update(grads, state['optimizer'], state['params'])
   metrics = {
     'loss': nats / targets,
     'targets': targets,
-    'grad_norm': optax.tree.norm(grads),
-    'update_norm': optax.tree.norm(updates),
+    'grad_norm': norm,
+    'update_norm': rate * optax.tree.norm(updates),
   }
-  new = {'params': optax.apply_updates(state['params'], updates), 'optimizer': opt_state}
-  return states.placed(adamw, model, new), metrics
+  params = jax.tree.map(lambda p, u: p - rate * u, state['params'], updates)
+  new = {'params': params, 'optimizer': opt_state}
+  return states.placed(direction, model, new), metrics
 
 
 def train(

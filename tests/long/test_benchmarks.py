@@ -32,6 +32,18 @@ def test_evaluate():
   assert '8/8 choices' in rounds and '8/8 answers' in rounds
 
 
+def test_train_step():
+  """The same losses as torch's, step for step."""
+  sizes = ['--quick', '--batch=2', '--length=64', '--rounds=3']
+  command = [sys.executable, '-m', 'benchmarks.train_step', *sizes]
+  out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  found = json.loads(out.splitlines()[-1])
+  assert abs(found['ratio'] / (found['tokens_per_s'] / found['peer_tokens_per_s']) - 1) < 1e-9
+  assert found['memory_ratio'] == found['peak_rss_gb'] / found['peer_peak_rss_gb'] > 0
+  assert len(found['losses']) == 4 and len(found['round_ratios']) == 3
+  assert len(set(found['losses'])) == 4 and found['loss_difference'] < 1e-6
+
+
 def test_search():
   """Every sampler on two surfaces; the one with gradients needs a handful of trials."""
   command = [sys.executable, '-m', 'benchmarks.search', '--quick']
