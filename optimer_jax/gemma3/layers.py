@@ -208,8 +208,8 @@ class Embedder(nnx.Module):
 
   def encode(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Tokens [B, T] to [B, T, D], times sqrt(D) rounded to `dtype`."""
-    scale = jnp.asarray(self.embedding.shape[-1] ** 0.5, dtype)
-    return look_up(self.embedding[...], tokens).astype(dtype) * scale
+    table = self.embedding[...]
+    return look_up(table, tokens).astype(dtype) * jnp.asarray(table.shape[-1] ** 0.5, dtype)
 
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
