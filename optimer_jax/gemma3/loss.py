@@ -22,9 +22,9 @@ def token_nats(
 ) -> tuple[jax.Array, jax.Array]:
   """Negative log likelihood of each next token, in nats.
 
-  Where layers are scanned, or there are several devices, over which the vocabulary may be split, the
-  row is cut in `model.loss_chunks` pieces, and a piece's logits live only while its loss, or the
-  gradient of its loss, is computed. Else all tokens go through the vocabulary by blocks.
+  Where layers are scanned, or several devices may share the vocabulary, the row is cut in
+  `model.loss_chunks` pieces, and a piece's logits live only while its loss, or the gradient of its
+  loss, is computed. Else all tokens go through the vocabulary by blocks.
 
   Args:
     model: what to compute (static).
