@@ -22,9 +22,9 @@ def token_nats(
 ) -> tuple[jax.Array, jax.Array]:
   """Negative log likelihood of each next token, in nats.
 
-  With scanned layers, the vocabulary may be split over devices: the row is cut in
+  Where layers are scanned, or several devices may share the vocabulary, the row is cut in
   `model.loss_chunks` pieces, and a piece's logits live only while its loss, or the gradient of its
-  loss, is computed. With unrolled layers it is on one device: all tokens go through it by blocks.
+  loss, is computed. Else all tokens go through the vocabulary by blocks.
 
   Args:
     model: what to compute (static).
@@ -39,7 +39,7 @@ def token_nats(
   following = jnp.roll(segment_ids, -1, axis=1).at[:, -1].set(0)
   mask = (segment_ids == following) & (segment_ids > 0)
   table = params['embedder']['embedding']
-  if model.scan:
+  if model.scan or jax.sharding.get_abstract_mesh().size > 1:
     x = hidden(model, params, tokens, positions, segment_ids)
     nats = _nats_by_pieces(table, x, targets, model.loss_chunks)
   else:
