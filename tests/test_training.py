@@ -240,7 +240,7 @@ def test_damaged_state_is_named(small, tmp_path):
   with pytest.raises(UserError, match=r'state (is damaged|cannot be read) at step 3'):
     run(Model(small), tmp_path)
   finish(tmp_path, CONFIG)
-  assert not [*(tmp_path / 'state').iterdir()]
+  assert not (tmp_path / 'state').exists()
 
 
 def test_not_finite_stops_with_step_and_batch(small, tmp_path):

@@ -323,11 +323,14 @@ def batch_of(
 
 def finish(directory: Path, config: TrainConfig) -> None:
   """Deletes the saved state of a run whose result is stored, but for those that were to stay."""
-  if primary():
-    for path in (directory / 'state').glob('*'):
-      every = config.keep_states_every
-      if not (every and path.name.isdigit() and int(path.name) % every == 0):
-        shutil.rmtree(path, ignore_errors=True)
+  every = config.keep_states_every
+  if not primary():
+    return
+  for path in (directory / 'state').glob('*'):
+    if not (every and path.name.isdigit() and int(path.name) % every == 0):
+      shutil.rmtree(path, ignore_errors=True)
+  with contextlib.suppress(OSError):  # There are some that stay.
+    (directory / 'state').rmdir()
 
 
 def _check_identity(directory: Path, identity: Mapping) -> None:
