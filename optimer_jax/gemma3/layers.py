@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from optimer_jax.gemma3.config import Gemma3Config
 from optimer_jax.gemma3.splash import Packed, attend
@@ -221,10 +222,11 @@ def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
   mesh, axes = jax.sharding.get_abstract_mesh(), ('vocab', 'embed')
   if mesh.empty or spec(axes, table.shape, mesh)[0] is None:
     return table[tokens]
-  stored = spec(axes, table.shape, mesh)
+  vocab, embed = spec(axes, table.shape, mesh)
   rows = spec(('batch', 'length'), tokens.shape, mesh)
-  residual = spec(RESIDUAL, (*tokens.shape, table.shape[1]), mesh)
-  vocab, embed = stored
+  residual = spec((*RESIDUAL[:2], None), (*tokens.shape, table.shape[1]), mesh)
+  if rows[0] is None:  # Too few to be split: they need no sum over devices in the gradient.
+    embed = None
 
   def own(table, tokens):
     if embed is not None:
@@ -236,4 +238,6 @@ def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
       return jax.lax.psum_scatter(found, vocab, scatter_dimension=1, tiled=True)
     return jax.lax.psum(found, vocab)
 
-  return jax.shard_map(own, in_specs=(stored, rows), out_specs=residual)(table, tokens)
+  return jax.shard_map(own, in_specs=(PartitionSpec(vocab, embed), rows), out_specs=residual)(
+    table, tokens
+  )
