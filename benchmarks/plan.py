@@ -2,10 +2,11 @@
 
     python -m benchmarks.plan [--quick]
 
-Compiles each stage at all 62 layers, then looks for the smallest slice for each stage, and prints memory a chip, and what the chips' peaks allow at best: bounds, not measurements.
-Needs the extra `tpu` (libtpu), 3 GB of memory and up to half an hour on two cores. --quick compiles
-one training step in a few minutes. The last line has a row for each table line; `smallest` marks
-those that a search for the smallest slice ended with.
+Compiles each stage at all 62 layers, then looks for the smallest slice for each. Prints memory a
+chip, and what the chips' peaks allow at best: bounds, not measurements. Needs the extra `tpu`
+(libtpu), 3 GB of memory and up to half an hour on two cores. --quick compiles one training step in
+a few minutes. The last line has a row for each table line; `smallest` marks those that a search for
+the smallest slice ended with.
 """
 
 import argparse
