@@ -2,11 +2,11 @@
 
     python -m benchmarks.plan [--quick]
 
-Compiles each stage at all 62 layers, then looks for the smallest slice of a kind of chip for each
-stage, and prints memory a chip, and what the chips' peaks allow at best: bounds, not measurements.
-Needs the extra `tpu` (libtpu), 3 GB of memory and up to half an hour on two cores. --quick compiles
-one training step in a few minutes. The last line has a row for each table line; `smallest` marks
-those that a search for the smallest slice ended with.
+Compiles each stage at all 62 layers, then looks for the smallest slice for each. Prints memory a
+chip, and what the chips' peaks allow at best: bounds, not measurements. Needs the extra `tpu`
+(libtpu), 3 GB of memory and up to half an hour on two cores. --quick compiles one training step in
+a few minutes. The last line has a row for each table line; `smallest` marks those that a search for
+the smallest slice ended with.
 """
 
 import argparse
@@ -31,12 +31,13 @@ ROWS = (
   ('evaluate', 'v5e:8x8', 64, 4096),
   ('evaluate', 'v5p:2x2x2', 8, 4096),
 )
-# Stage, kinds of chip, rows, tokens of a row.
+# Where the smallest slice is looked for, and stage, rows, tokens of a row.
+KINDS = ('v5e', 'v6e', 'v5p')
 SMALLEST = (
-  ('train', ('v5p',), 64, 4096),
-  ('extract', ('v5e', 'v5p'), 8, 4096),
-  ('merge', ('v5e', 'v5p'), 8, 4096),
-  ('evaluate', ('v5e', 'v5p'), 8, 4096),
+  ('train', 64, 4096),
+  ('extract', 8, 4096),
+  ('merge', 8, 4096),
+  ('evaluate', 8, 4096),
 )
 
 
@@ -54,8 +55,8 @@ def measure(quick: bool) -> dict:
 
   for stage, name, batch, length in ROWS[:1] if quick else ROWS:
     show(planned(Case('27b', stage, topologies.topology(name), batch, length, mesh)))
-  for stage, kinds, batch, length in () if quick else SMALLEST:
-    slices = topologies.known(kinds)
+  slices = topologies.known(KINDS)
+  for stage, batch, length in () if quick else SMALLEST:
     for found in walk(Case('27b', stage, slices[0], batch, length, mesh), slices, planned):
       show(found)
     rows[-1]['smallest'] = rows[-1]['fits']
