@@ -86,13 +86,6 @@ def in_turn(action: Callable[[], T]) -> T:
   return found if primary() else action()
 
 
-def whole(array: jax.Array) -> jax.Array:
-  """The array with all its values in every process, which must all come here."""
-  if array.is_fully_addressable or array.is_fully_replicated:
-    return array
-  return multihost_utils.process_allgather(array, tiled=True)
-
-
 def whole_rows(array: jax.Array, start: int, stop: int) -> np.ndarray:
   """Rows of an array that is spread over the devices of all processes, which must all come here."""
   return np.asarray(_taker(array.sharding.mesh)(array, start, stop - start))
