@@ -4,8 +4,9 @@
 
 Compiles each stage at all 62 layers, then looks for the smallest slice for each. Prints memory a
 chip, and what the chips' peaks allow at best: bounds, not measurements. Needs the extra `tpu`
-(libtpu), 3 GB of memory and minutes on two cores. --quick compiles one training step. The last line has a row for each table line; `smallest` marks those that a search for
-the smallest slice ended with.
+(libtpu), 3 GB of memory and minutes on two cores. --quick compiles one training step. The last line
+has a row for each table line; `smallest` marks those that a search for the smallest slice ended
+with.
 """
 
 import argparse
