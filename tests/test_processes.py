@@ -17,7 +17,7 @@ from optimer_jax.checkpoints import store
 from optimer_jax.errors import Preempted, UsageError
 from optimer_jax.gemma3 import Gemma3Config, Model, init_leaves
 from optimer_jax.parallel.processes import alone, in_turn, once, primary, whole_rows
-from optimer_jax.parallel.sharding import MeshConfig
+from optimer_jax.parallel.sharding import MeshConfig, make_mesh
 from optimer_jax.parallel.startup import join
 from optimer_jax.training.train import TrainConfig, train
 
@@ -130,7 +130,7 @@ def together_main() -> None:
       raise AssertionError('no error')
     except Exception as error:
       assert 'what is wrong' in str(error) and (primary() or kind.__name__ in repr(error))
-  mesh = jax.make_mesh((8,), ('data',))
+  mesh = make_mesh(MeshConfig(data=8))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   values = np.arange(24, dtype=np.float32).reshape(8, 3)
   array = jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
