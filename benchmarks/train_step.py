@@ -104,8 +104,9 @@ def serve(directory: Path, model: Model, config: TrainConfig) -> None:
   devices = make_mesh(MeshConfig())
   rows = batch_sharding(devices)
   with jax.set_mesh(devices):
-    leaves = lambda _: init_leaves(model.config, config.seed)
-    state = first_state(optimizer(config), model, devices, leaves)
+    state = first_state(
+      optimizer(config), model, devices, init_leaves(model.config, config.seed).items()
+    )
     for now, _ in zip(tokens, sys.stdin, strict=False):
       began = time.perf_counter()
       positions = np.broadcast_to(np.arange(now.shape[1], dtype=np.int32), now.shape)

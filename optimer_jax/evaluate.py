@@ -260,8 +260,7 @@ def _reader(run: Run, engine: Engine) -> Callable[[_Subject], tuple[Model, dict]
       source = in_turn(lambda: bases.open_source(subject.source, run.cache_path))
       config, leaves = bases.with_vocabulary(source, _kept(run, model.config, source))
     own = dataclasses.replace(model, config=config)
-    values = ((name, tensor.read()) for name, tensor in leaves.items())
-    return own, place_leaves(own, values, engine.mesh)
+    return own, place_leaves(own, store.values(leaves), engine.mesh)
 
   return read
 

@@ -136,7 +136,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
     leaves, spent = train(
       run.training,
       model,
-      lambda placed: store.load(run.path / 'base', 'base', shardings=placed)[1],
+      lambda: store.values(store.open_leaves(run.path / 'base', 'base')[1]),
       mixture({name: rows}, {name: 1.0}, run.training.seed),
       work,
       name=name,

@@ -53,7 +53,7 @@ def main(directory: str, mesh: str, stop_at: str, save_each_of: str = '0') -> No
     leaves, _ = train(
       config,
       Model(SMALL),
-      lambda placed: jax.device_put(init_leaves(SMALL, 0), placed),
+      lambda: init_leaves(SMALL, 0).items(),
       dataset(SMALL.vocab_size),
       directory / 'run',
       name='random',

@@ -72,7 +72,7 @@ def run(model, directory, config=CONFIG, evaluate=None, identity=None, leaves=No
   return train(
     config,
     model,
-    lambda placed: jax.device_put(leaves or init_leaves(model.config, 0), placed),
+    lambda: (leaves or init_leaves(model.config, 0)).items(),
     dataset(model.config.vocab_size),
     directory,
     name='random',

@@ -215,28 +215,22 @@ def _stored_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
+def values(leaves: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+  """Every leaf's name and values, read when it is its turn."""
+  return ((name, tensor.read()) for name, tensor in leaves.items())
+
+
 def load(
-  path: Path | str,
-  kind: str | tuple[str, ...] | None = None,
-  *,
-  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-) -> tuple[Manifest, dict[str, np.ndarray | jax.Array]]:
+  path: Path | str, kind: str | tuple[str, ...] | None = None
+) -> tuple[Manifest, dict[str, np.ndarray]]:
   """Reads an artifact and checks every leaf against its digest.
 
   Args:
     path: the artifact's directory.
     kind: what it must be, if that matters.
-    shardings: leaf name to sharding; leaves then are `jax.Array`s placed so, else numpy. The
-      host holds one leaf at a time of those.
 
   Raises:
     UserError: something is missing, misshapen or damaged; the leaf or file is named.
   """
   manifest, tensors = open_leaves(path, kind)
-  leaves = {}
-  for name, tensor in tensors.items():
-    value = tensor.read()
-    if shardings:
-      value = jax.make_array_from_callback(value.shape, shardings[name], value.__getitem__)
-    leaves[name] = value
-  return manifest, leaves
+  return manifest, dict(values(tensors))

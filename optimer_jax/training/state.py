@@ -5,7 +5,7 @@ on one mesh, by one number of processes, is restored on any other.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -18,11 +18,11 @@ from orbax.checkpoint import v1 as ocp
 from optimer_jax.checkpoints.leaves import orbax_context
 from optimer_jax.errors import UserError
 from optimer_jax.files import no_room
-from optimer_jax.gemma3 import Model, abstract_params, from_leaves, logical_axes, to_leaves
+from optimer_jax.gemma3 import Model, abstract_params, logical_axes
+from optimer_jax.gemma3.placement import place_leaves
 from optimer_jax.parallel.sharding import constrain, shardings
 
-# From the sharding of every leaf to the base's leaves, placed so.
-ReadBase = Callable[[Mapping[str, jax.sharding.Sharding]], Mapping[str, jax.Array]]
+Leaves = Iterable[tuple[str, np.ndarray]]  # name and values, one after another
 
 
 def abstract_state(optimizer: optax.GradientTransformation, model: Model, mesh: Mesh) -> dict:
@@ -57,22 +57,17 @@ def placed(optimizer: optax.GradientTransformation, model: Model, state: dict) -
 
 
 def first_state(
-  optimizer: optax.GradientTransformation, model: Model, mesh: Mesh, read_base: ReadBase
+  optimizer: optax.GradientTransformation, model: Model, mesh: Mesh, base: Leaves
 ) -> dict:
   """The base's parameters as float32 masters, and an optimizer that has seen nothing."""
-  unrolled = Model(model.config)
-  axes, shapes = logical_axes(unrolled), abstract_params(unrolled)
-  leaves = read_base(to_leaves(model.config, shardings(axes, shapes, mesh)))
   place = jax.tree.map(lambda a: a.sharding, abstract_state(optimizer, model, mesh))
 
-  def begin(leaves):
-    # Copies: the state is donated to the first step, and the leaves may be another's memory.
-    params = from_leaves(
-      model, {k: jnp.array(v, jnp.float32, copy=True) for k, v in leaves.items()}
-    )
+  def begin(params):
+    # Copies: the state is donated to the first step, and these may be another's memory.
+    params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
     return {'params': params, 'optimizer': optimizer.init(params)}
 
-  return jax.jit(begin, out_shardings=place)(leaves)
+  return jax.jit(begin, out_shardings=place)(place_leaves(model, base, mesh))
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ def train_step(
 def train(
   config: TrainConfig,
   model: Model,
-  read_base: states.ReadBase,
+  read_base: Callable[[], states.Leaves],
   dataset: grain.MapDataset,
   directory: Path,
   *,
@@ -157,8 +157,8 @@ def train(
   Args:
     config: the run.
     model: what to compute.
-    read_base: gives the base's leaves where it is told to, trained as float32 masters; called only
-      where no state is saved yet, and what it gives is not kept.
+    read_base: gives the base's leaves, trained as float32 masters; called only where no state is
+      saved yet, and what it gives is not kept.
     dataset: rows, as `data.mixtures.mixture` gives them.
     directory: holds state/, metrics.jsonl and event files; its state is deleted by `finish`.
     name: the data set's name, for people.
@@ -191,11 +191,11 @@ def train(
       f'fsdp={devices.shape["fsdp"]} devices: change batch, accumulate or the mesh'
     )
   with jax.set_mesh(devices), states.saved(directory / 'state', config.keep_states_every) as saves:
-    start, abstract = 0, states.abstract_state(optimizer(config), model, devices)
+    start, adamw = 0, optimizer(config)
     if saves.latest is None:
-      state = states.first_state(optimizer(config), model, devices, read_base)
+      state = states.first_state(adamw, model, devices, read_base())
     else:
-      state, start = states.restore(saves, abstract)
+      state, start = states.restore(saves, states.abstract_state(adamw, model, devices))
       say(f'{name}: resumed at step {start}')
     with contextlib.closing(MetricsWriter(directory, start)) as writer, preemption() as preempted:
       state, spent = _loop(
