@@ -113,6 +113,34 @@ def known(kinds: tuple[str, ...] = tuple(CHIPS)) -> list[Topology]:
   return sorted(map(topology, names), key=lambda t: (t.chips, t.chip.limit_gib))
 
 
+def sold(name: str) -> Topology:
+  """The slice of a name, if it is one of `known`: one that Google Cloud has.
+
+  Raises:
+    UsageError: it is not; the nearest are named.
+  """
+  one = re.sub(r'^\d+x(?=v)', '', name)
+  if one not in {t.name for t in known()} or name.startswith(('0', '1x')):
+    nearest = ' or '.join(t.name for t in _nearest(one))
+    raise UsageError(f'there is no slice {name!r}: the nearest are {nearest}')
+  return topology(name)
+
+
+# As virtual machines call them; of v4 and v5p their names count cores, two a chip.
+_OTHER_NAMES = {'v5litepod': 'v5e', 'v5lite': 'v5e', 'trillium': 'v6e'}
+_CORES = ('v4', 'v5p')
+
+
+def _nearest(name: str) -> list[Topology]:
+  """Two slices whose name or number of chips is near that of a name that is none."""
+  kind, _, size = re.sub(r'[^a-z0-9]+', ' ', name.lower()).strip().partition(' ')
+  kind = _OTHER_NAMES.get(kind, kind)
+  kind = next(iter(difflib.get_close_matches(kind, CHIPS, 1, 0)))
+  numbers = [max(1, int(number)) for number in re.findall(r'\d+', size)] or [4]
+  chips = math.prod(numbers) / (2 if len(numbers) == 1 and kind in _CORES else 1)
+  return sorted(known((kind,)), key=lambda t: abs(math.log(t.chips / chips)))[:2]
+
+
 def prepare() -> None:
   """Keeps a process that only compiles off all accelerators; call it before JAX computes."""
   jax.config.update('jax_platforms', jax.config.jax_platforms or 'cpu')
