@@ -5,6 +5,7 @@ All have K weights in the box [0, 1]^K and J tasks, and know their optimum.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -122,14 +123,14 @@ def from_ledger(run: Run, objective: str) -> Surface:
     UserError: there are too few trials.
   """
   names, tasks = [*run.vector_paths], [task.name for task in tasks_of(run, 'dev')]
-  studies = run.path / 'studies'
-  own, found = read_jsonl(studies / run.study.name / 'trials.jsonl'), {}
+  studies, found = run.path / 'studies', {}
   for row in (row for path in studies.glob('*/trials.jsonl') for row in read_jsonl(path)):
     if set(row['weights']) != set(names) or row.get('numbers') or 'parts' in row:
       continue
-    if own and (row['pool'], row['tasks']) == (own[0]['pool'], own[0]['tasks']):
-      losses = losses_of(row['scores'], tasks)
-      found[tuple(row['weights'][name] for name in names)] = losses
+    of = found.setdefault(json.dumps([row['pool'], row['tasks']]), {})
+    of[tuple(row['weights'][name] for name in names)] = losses_of(row['scores'], tasks)
+  # Of the trials that were scored on the same data, where there are most.
+  found = max(found.values(), key=len, default={})
   points, losses = np.array([*found]), np.array([*found.values()])
   k, size = len(names), len(found)
   base = found.get((0.0,) * k)
