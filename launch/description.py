@@ -10,7 +10,8 @@ A description is a YAML file, such as launch/runs/paper_27b.yaml:
     model: 27b                       # of `optimer plan`; without it, nothing is checked
     image: registry/optimer:1
     spot: true
-    datasets: [ja, zh]               # one training job each; default: all of the run
+    datasets: [ja, zh]               # one training job each; default: all of the run, where its
+                                     # text can be read by who launches it
     studies: {worst: ["Objective.kind = 'worst'"]}  # one search each; default: the run's
     stages:
       train: {topology: v5e:16x16}   # 2xv5e:16x16 are two slices
@@ -38,6 +39,7 @@ from optimer_jax.run import Run
 # In the order in which they are run; jobs of one stage run side by side.
 STAGES = ('import', 'train', 'extract', 'search', 'merge', 'export', 'evaluate', 'report')
 SERVE = 'serve'
+PORT = 8765  # of `optimer serve`, where machines call it by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +184,18 @@ def _strings(values: object, where: str) -> tuple[str, ...]:
 
 
 def run_of(description: Description, study: str = '') -> Run:
-  """The run that gin describes, as one of the description's studies sees it."""
-  return read_run(description.gin_files, [*description.gin, *_of(description, study)])
+  """The run that gin describes, as one of the description's studies sees it.
+
+  Where the data sets' text is on other machines, a run without data sets: the description has
+  their names.
+  """
+  bindings = [*description.gin, *_of(description, study)]
+  try:
+    return read_run(description.gin_files, bindings)
+  except UsageError:
+    if not description.datasets:
+      raise
+    return read_run(description.gin_files, [*bindings, 'Run.datasets = ()'])
 
 
 def _of(description: Description, study: str) -> list[str]:
@@ -201,7 +213,8 @@ def jobs(description: Description, stages: Sequence[str] = STAGES) -> list[list[
   """
   check_names(stages, STAGES, 'stage')
   run = run_of(description)
-  check_names(description.datasets, run.names, f'{description.name}: datasets')
+  if run.names:
+    check_names(description.datasets, run.names, f'{description.name}: datasets')
   datasets = description.datasets or run.names
   studies = [*description.studies] or ['']
   for study in studies:
@@ -246,6 +259,26 @@ def jobs(description: Description, stages: Sequence[str] = STAGES) -> list[list[
   if twice := [name for name in names if names.count(name) > 1]:
     raise UsageError(f'{description.name}: two jobs would be called {twice[0]}: rename one')
   return found
+
+
+def addressed(job: Job, server: str) -> tuple[str, ...]:
+  """The job's command, with where the server listens, or its workers find it: `server`, a name."""
+  if job.stage == SERVE:
+    return (*job.command, '--host=0.0.0.0', f'--port={PORT}')
+  if job.stage == 'search' and job.on.workers > 1:
+    return (*job.command, f'--server={server}:{PORT}')
+  return job.command
+
+
+def check_shared(description: Description, mount: str) -> None:
+  """UsageError without an image, or if RUN is not in the directory that machines share."""
+  if not description.image:
+    raise UsageError(f'{description.name}: image must be given: see launch/README.md')
+  if not f'{description.directory}/'.startswith(f'{mount}/'):
+    raise UsageError(
+      f'{description.name}: directory is {description.directory!r}, but must be in what the '
+      f'machines share, as in {mount}/{description.name}'
+    )
 
 
 def name_of(stage: str, of: str = '') -> str:

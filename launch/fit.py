@@ -27,7 +27,7 @@ def cases(description: Description, jobs: Sequence[Job]) -> list[Case]:
         batch=run.training.batch if stage == 'train' else rows,
         length=run.length,
         mesh=run.mesh,
-        vectors=max(1, len(run.vector_paths)),
+        vectors=len({*run.vector_paths, *description.datasets}),
         pool=run.pool if run.pool != 'auto' else 'device',
         training=run.training,
         dtype=run.dtype,

@@ -11,16 +11,15 @@ Started again, it goes on where it was: what is done and unchanged is left, what
 import argparse
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from launch import command
 from launch import description as descriptions
 from launch.description import SERVE, STAGES, Description, Job
 from launch.fit import check_fits
 from launch.manifests import DIGEST, as_yaml, manifests, setup
-from optimer_jax.errors import UsageError, UserError
+from optimer_jax.errors import UserError
 from optimer_jax.progress import say
 
 _POLL_S = 15
@@ -138,31 +137,10 @@ def run_step(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog='python -m launch.gke',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument('description', type=Path, help='a YAML file: see launch/description.py')
-  parser.add_argument(
-    '--stage', action='append', choices=STAGES, help='may be repeated; default: all, in order'
-  )
+  parser = command.parser('launch.gke', __doc__)
   parser.add_argument('--job', help='of these stages, this job only, as --dry-run names it')
   parser.add_argument('--setup', action='store_true', help='the objects that a cluster needs first')
-  parser.add_argument('--dry-run', action='store_true', help='print manifests, submit nothing')
-  parser.add_argument('--force', action='store_true', help='also what the plan says does not fit')
-  options = parser.parse_args(arguments)
-  try:
-    _main(options)
-  except UserError as error:
-    print(f'launch.gke: {error}', file=sys.stderr)
-    sys.exit(2 if isinstance(error, UsageError) else 1)
-  except KeyboardInterrupt:
-    print(
-      'launch.gke: stopped; jobs that were submitted go on, and the same command waits for them',
-      file=sys.stderr,
-    )
-    sys.exit(1)
+  command.run(parser, arguments, _main)
 
 
 def _main(options: argparse.Namespace) -> None:
@@ -176,7 +154,7 @@ def _main(options: argparse.Namespace) -> None:
     meant = [job.name for step in steps for job in step if job.stage != SERVE]
     descriptions.check_names([options.job], meant, '--job')
     steps = [step for step in steps if options.job in [job.name for job in step]]
-  asked = [job for step in steps for job in step]
+  asked = [job for step in steps for job in step if options.job in (None, job.name)]
   text = as_yaml(each for job in asked for each in manifests(found, job))
   check_fits(found, asked, options.force)
   if options.dry_run:

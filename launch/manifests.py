@@ -14,7 +14,18 @@ from collections.abc import Iterable
 
 import yaml
 
-from launch.description import SERVE, Description, Job, jobs, label, made, name_of
+from launch.description import (
+  PORT,
+  SERVE,
+  Description,
+  Job,
+  addressed,
+  check_shared,
+  jobs,
+  label,
+  made,
+  name_of,
+)
 from optimer_jax.errors import UsageError
 from optimer_jax.planning.topologies import CHIPS_PER_HOST
 
@@ -25,7 +36,6 @@ ACCELERATORS = {
   'v5p': 'tpu-v5p-slice',
   'v6e': 'tpu-v6e-slice',
 }
-PORT = 8765  # of `optimer serve`
 SAVED = 75  # the exit code of a process that was stopped and has saved its state
 DIGEST = 'optimer/digest'  # an annotation
 
@@ -69,13 +79,7 @@ def cluster_of(description: Description) -> Cluster:
   """
   where = f'{description.name}: gke'
   cluster = made(Cluster, description.gke, where)
-  if not description.image:
-    raise UsageError(f'{description.name}: image must be given: see launch/README.md')
-  if not f'{description.directory}/'.startswith(f'{cluster.mount}/'):
-    raise UsageError(
-      f'{description.name}: directory is {description.directory!r}, but must be in the shared '
-      f'volume, as in {cluster.mount}/{description.name}'
-    )
+  check_shared(description, cluster.mount)
   return cluster
 
 
@@ -195,15 +199,6 @@ def _pod_failures(action: str) -> dict:
   }
 
 
-def _address(description: Description, job: Job) -> list[str]:
-  """Where the server listens, and workers find it: by its Service's name."""
-  if job.stage == SERVE:
-    return ['--host=0.0.0.0', f'--port={PORT}']
-  if job.stage == 'search' and job.on.workers > 1:
-    return [f'--server={description.name}-{name_of(SERVE, job.study)}:{PORT}']
-  return []
-
-
 def _pod(description: Description, cluster: Cluster, job: Job, resources: dict) -> dict:
   environment = [
     {'name': 'OPTIMER_CACHE', 'value': f'{cluster.mount}/.cache'},
@@ -212,7 +207,7 @@ def _pod(description: Description, cluster: Cluster, job: Job, resources: dict) 
   if cluster.hub_secret:
     key = {'name': cluster.hub_secret, 'key': 'HF_TOKEN'}
     environment.append({'name': 'HF_TOKEN', 'valueFrom': {'secretKeyRef': key}})
-  command = [*job.command, *_address(description, job)]
+  command = addressed(job, f'{description.name}-{name_of(SERVE, job.study)}')
   container = {
     'name': 'optimer',
     'image': description.image,

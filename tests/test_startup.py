@@ -9,10 +9,12 @@ import threading
 
 import jax
 import pytest
+from jax._src.clusters.cloud_tpu_cluster import GkeTpuCluster
 
 from optimer_jax.parallel import startup
 from optimer_jax.parallel.startup import VARIABLES, machine_metadata, others
 
+NOBODY_ELSE = {'cluster_detection_method': 'deactivate'}
 POD = {'TPU_WORKER_HOSTNAMES': 'pod-0.svc,pod-1.svc', 'TPU_WORKER_ID': '1'}
 
 
@@ -36,7 +38,7 @@ def test_three_variables_say_it_all(tpu):
     'coordinator_address': 'host-0:1234',
     'num_processes': 2,
     'process_id': 1,
-    'cluster_detection_method': 'deactivate',
+    **NOBODY_ELSE,
   }
   assert others(environment('host-0:1234', '2', '1') | POD, tpu, nowhere) == expected
   assert others(environment('[::1]:80', '1', '0'), tpu, nowhere)['num_processes'] == 1
@@ -78,8 +80,42 @@ def test_variables_that_cannot_be(environ, sentence, refused):
 )
 def test_what_the_environment_of_a_tpu_says(environ, expected):
   assert others(environ, True, nowhere) == expected
-  # Without the TPU, or where it is not to be used, it says nothing.
-  assert others(environ, False, nowhere) is None
+  # Where the TPU is not to be used, it says nothing.
+  assert others(environ | {'JAX_PLATFORMS': 'cpu'}, False, nowhere) is None
+
+
+@pytest.mark.parametrize(
+  ('environ', 'expected'),
+  [
+    (POD, ('pod-0.svc:8476', 2, 1)),
+    (POD | {'JAX_COORDINATOR_PORT': '99'}, ('pod-0.svc:99', 2, 1)),
+    (
+      POD
+      | {
+        'MEGASCALE_NUM_SLICES': '3',
+        'MEGASCALE_SLICE_ID': '2',
+        'MEGASCALE_COORDINATOR_ADDRESS': 'first-0:8080',
+      },
+      ('first-0:8476', 6, 5),
+    ),
+    ({'TPU_WORKER_HOSTNAMES': 'pod-0.svc', 'TPU_WORKER_ID': '0'}, None),
+    ({'TPU_WORKER_HOSTNAMES': 'localhost'}, None),
+    ({}, None),
+  ],
+)
+def test_a_pod_whose_tpu_is_not_seen_is_not_alone(environ, expected, monkeypatch):
+  found = others(environ, False, nowhere)
+  keys = ('coordinator_address', 'num_processes', 'process_id')
+  assert found == (expected and {**dict(zip(keys, expected, strict=True)), **NOBODY_ELSE})
+  if found:  # As JAX itself reads the variables where there is a TPU.
+    slices = ('MEGASCALE_NUM_SLICES', 'MEGASCALE_SLICE_ID', 'MEGASCALE_COORDINATOR_ADDRESS')
+    for name, value in (dict.fromkeys(slices, '') | environ).items():
+      monkeypatch.setenv(name, value)
+    monkeypatch.setattr(GkeTpuCluster, 'wait_for_coordinator', lambda *_: None)
+    port = environ.get('JAX_COORDINATOR_PORT')
+    assert GkeTpuCluster.get_coordinator_address(1, port) == expected[0]
+    assert GkeTpuCluster.get_process_count() == expected[1]
+    assert GkeTpuCluster.get_process_id() == expected[2]
 
 
 @pytest.mark.parametrize(

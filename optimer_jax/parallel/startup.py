@@ -115,7 +115,9 @@ def others(
   """What `jax.distributed.initialize` shall be called with; None for a process on its own.
 
   `VARIABLES` say it all. Without them, where a TPU has several hosts or slices, JAX finds the rest
-  by itself: on GKE in the environment, on TPU virtual machines from their metadata.
+  by itself: on GKE in the environment, on TPU virtual machines from their metadata. Where GKE's
+  environment names several hosts, and there is no TPU (its library is missing, say), the processes
+  are joined all the same: alone, all of them would write the same files.
 
   Args:
     environ: the environment.
@@ -126,8 +128,10 @@ def others(
     UserError: one of `VARIABLES` is missing or malformed.
   """
   given = {name: environ[name] for name in VARIABLES if environ.get(name)}
+  if not given and not tpu:
+    return _hosts_of_gke(environ)
   if not given:
-    return {} if tpu and _several_hosts(environ, metadata) else None
+    return {} if _several_hosts(environ, metadata) else None
   if missing := [name for name in VARIABLES if name not in given]:
     raise UserError(
       f'{" and ".join(given)} without {" and ".join(missing)}: the processes of one run need all '
@@ -147,6 +151,22 @@ def others(
     'coordinator_address': address,
     'num_processes': int(count),
     'process_id': int(number),
+    'cluster_detection_method': 'deactivate',
+  }
+
+
+def _hosts_of_gke(environ: Mapping[str, str]) -> dict | None:
+  """As JAX reads GKE's variables; None for one host, or if JAX_PLATFORMS says what to use."""
+  hosts = environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
+  slices = int(environ.get('MEGASCALE_NUM_SLICES') or 1)
+  number, slice_id = environ.get('TPU_WORKER_ID'), int(environ.get('MEGASCALE_SLICE_ID') or 0)
+  if environ.get('JAX_PLATFORMS') or number is None or len(hosts) * slices == 1:
+    return None
+  first = (environ.get('MEGASCALE_COORDINATOR_ADDRESS') or hosts[0]).split(':')[0]
+  return {
+    'coordinator_address': f'{first}:{environ.get("JAX_COORDINATOR_PORT") or 8476}',
+    'num_processes': len(hosts) * slices,
+    'process_id': int(number) + slice_id * len(hosts),
     'cluster_detection_method': 'deactivate',
   }
 
