@@ -79,7 +79,7 @@ else:
 #
 # - `MODEL`: `tiny` is random. `270m` is the real Gemma 3 270M, quantised to 4 bits, from a Python
 #   package. `1b` comes from the Hugging Face hub: accept Gemma's terms on the model's page and log
-#   in with `hf auth login`; it needs an accelerator with GIBIBYTES of memory.
+#   in with `hf auth login`; it needs an accelerator of 16 GB, as a TPU v5e has.
 # - `FOLDER`: a folder of your own text. Each subfolder is a data set: `train.jsonl` and `dev.jsonl`
 #   with one `{"text": …}` a line. Left empty, four invented languages are used.
 # - `OBJECTIVE`: what the search makes as low as it can, of the data sets' losses as shares of the
@@ -133,7 +133,7 @@ def described(objective: str, trials: int) -> Run:
     'Run.dtype': 'float32' if jax.default_backend() == 'cpu' else 'bfloat16',
   }
   if MODEL == '1b':
-    bindings |= {'BATCH': 8, 'LENGTH': 1024}
+    bindings |= {'BATCH': 4, 'LENGTH': 512, 'Run.trim_vocabulary': 2}  # for 16 GB
   return configs.read_run(files, [f'{name} = {value!r}' for name, value in bindings.items()])
 
 
