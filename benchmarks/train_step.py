@@ -4,7 +4,7 @@
 
 One random model on both sides, with all 262,144 rows of the embedding, in float32; the same rows of
 random tokens, the same loss over the same targets, clipping, AdamW and learning rates; as many
-threads, huge pages. Ours is `train_step` as training runs it, its state donated; KIND is what
+threads, huge pages. Ours is `compiled_step` as training runs it, its state donated; KIND is what
 layers keep for their gradients, `Model.remat`. The peer is `Gemma3ForCausalLM` with torch's fused
 AdamW, and sdpa or eager attention, with or without gradient checkpointing: whichever was fastest in
 a trial. B x T are the quickstart's 4 x 256 unless given: what two cores train on at a time.
@@ -53,7 +53,7 @@ from optimer_jax.gemma3.transformer import REMAT
 from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh
 from optimer_jax.parallel.startup import start
 from optimer_jax.training.state import first_state
-from optimer_jax.training.train import TrainConfig, optimizer, schedule, train_step
+from optimer_jax.training.train import TrainConfig, compiled_step, optimizer, schedule
 
 OURS = ('-m', 'benchmarks.train_step', '--serve')
 PEER = ('-P', str(Path(__file__).with_name('torch_step.py')))
@@ -104,15 +104,16 @@ def serve(directory: Path, model: Model, config: TrainConfig) -> None:
   devices = make_mesh(MeshConfig())
   rows = batch_sharding(devices)
   with jax.set_mesh(devices):
-    state = first_state(
-      optimizer(config), model, devices, init_leaves(model.config, config.seed).items()
-    )
+    leaves = init_leaves(model.config, config.seed)
+    one_by_one = ((name, leaves.pop(name)) for name in [*leaves])
+    state, step = first_state(optimizer(config), model, devices, one_by_one), None
     for now, _ in zip(tokens, sys.stdin, strict=False):
       began = time.perf_counter()
       positions = np.broadcast_to(np.arange(now.shape[1], dtype=np.int32), now.shape)
       batch = {'tokens': now, 'positions': positions, 'segment_ids': np.ones_like(now)}
       batch = {key: jax.make_array_from_process_local_data(rows, a) for key, a in batch.items()}
-      state, metrics = jax.block_until_ready(train_step(model, config, state, batch))
+      step = step or compiled_step(model, config, state, batch)
+      state, metrics = jax.block_until_ready(step(state, batch))
       seconds = time.perf_counter() - began
       print(json.dumps({'loss': float(metrics['loss']), 'seconds': seconds}), flush=True)
 

@@ -1,9 +1,13 @@
 """`optimer VERB`: the verbs of one run, described by gin files and bindings."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 from optimer_jax import __version__
 from optimer_jax.errors import Preempted, UsageError, UserError
@@ -86,6 +90,8 @@ a stage and slice, and up to 3 GB of memory.""",
 Writes RUN/report/index.html and the pictures beside it. Costs seconds.""",
 }
 
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again
+
 
 def main(arguments: list[str] | None = None) -> None:
   """Runs a verb and exits: 0 done, 1 failed, 2 usage, 75 stopped by SIGTERM and saved."""
@@ -97,7 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
       if not argument.startswith('--gin.') or '=' not in argument:
         raise UsageError(f'{argument} is not an option of optimer {options.verb}: see --help')
       bindings.append(argument.removeprefix('--gin.'))
-    _run(options, bindings)
+    with _stoppable(options.verb):
+      _run(options, bindings)
   except UserError as error:
     if options.debug:
       raise
@@ -105,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(2 if isinstance(error, UsageError) else 1)
   except Preempted as error:
     say(f'optimer {options.verb}: {error}; the same command goes on from here')
-    sys.exit(75)
+    sys.exit(STOPPED)
   except KeyboardInterrupt:
     print(f'optimer {options.verb}: stopped; the same command goes on from here', file=sys.stderr)
     sys.exit(1)
@@ -119,6 +126,28 @@ def main(arguments: list[str] | None = None) -> None:
       file=sys.stderr,
     )
     sys.exit(1)
+
+
+@contextlib.contextmanager
+def _stoppable(verb: str) -> Iterator[None]:
+  """Inside, SIGTERM ends the process at once with STOPPED.
+
+  The first process of a container would ignore it otherwise. Training, which saves its state first,
+  has a handler of its own.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def stop(*_):
+    os.write(2, f'optimer {verb}: stopped; the same command goes on from here\n'.encode())
+    os._exit(STOPPED)
+
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -113,6 +113,17 @@ def test_interrupt_says_how_to_go_on(capsys, monkeypatch, tmp_path):
   assert code == 1 and 'the same command goes on from here' in err
 
 
+def test_what_is_told_to_stop_says_how_to_go_on():
+  code = (
+    'import os, signal, time; from optimer_jax import cli; '
+    'cli._run = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)); '
+    "cli.main(['search'])"
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert done.returncode == 75
+  assert done.stderr == 'optimer search: stopped; the same command goes on from here\n'
+
+
 def test_found_from_any_folder(tmp_path):
   (tmp_path / 'data').mkdir()  # a folder named as one of ours must not come between
   environment = {**os.environ, 'PYTHONPATH': ''}

@@ -5,6 +5,7 @@ on one mesh, by one number of processes, is restored on any other.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -61,13 +62,20 @@ def first_state(
 ) -> dict:
   """The base's parameters as float32 masters, and an optimizer that has seen nothing."""
   place = jax.tree.map(lambda a: a.sharding, abstract_state(optimizer, model, mesh))
+  placed = place_leaves(model, base, mesh)
+  # Copies, one by one: the state is donated to the first step, and these may be another's memory.
+  leaves, structure = jax.tree.flatten(placed)
+  del placed
+  for number, where in enumerate(jax.tree.leaves(place['params'])):
+    leaves[number] = _copy(leaves[number], where)
+  params = jax.tree.unflatten(structure, leaves)
+  init = jax.jit(optimizer.init, out_shardings=place['optimizer'])
+  return {'params': params, 'optimizer': init(params)}
 
-  def begin(params):
-    # Copies: the state is donated to the first step, and these may be another's memory.
-    params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
-    return {'params': params, 'optimizer': optimizer.init(params)}
 
-  return jax.jit(begin, out_shardings=place)(place_leaves(model, base, mesh))
+@functools.partial(jax.jit, static_argnums=1)
+def _copy(array: jax.Array, where: NamedSharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(jnp.array(array, jnp.float32, copy=True), where)
 
 
 @contextlib.contextmanager

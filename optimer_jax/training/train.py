@@ -24,6 +24,7 @@ from optimer_jax.files import read_json, write_json
 from optimer_jax.gemma3 import Model, to_leaves, token_nats
 from optimer_jax.parallel.processes import meet, once, preemption, primary
 from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh
+from optimer_jax.parallel.startup import release_memory
 from optimer_jax.progress import progress, say
 from optimer_jax.training import state as states
 from optimer_jax.training.metrics import MetricsWriter, model_flops_utilisation
@@ -215,6 +216,13 @@ def train(
   return to_leaves(model.config, state['params']), spent
 
 
+def compiled_step(model: Model, config: TrainConfig, state: dict, batch: dict) -> Callable:
+  """`train_step` for these shapes, without the memory that compiling it took."""
+  found = train_step.lower(model, config, state, batch).compile()
+  release_memory()
+  return found
+
+
 def _loop(
   config, model, state, start, dataset, saves, writer, evaluate, keep, rows, name, preempted
 ):
@@ -278,7 +286,7 @@ def _loop(
   steps = range(start + 1, config.steps + 1)
   if steps:  # Compiled ahead: a step that were another program would be an error.
     batch = batch_of(dataset, start, config.batch, rows)
-    one_step = train_step.lower(model, config, state, batch).compile()
+    one_step = compiled_step(model, config, state, batch)
     meet()
   for step in progress(steps, config.steps, f'train {name}', 'steps', initial=start):
     batch = batch_of(dataset, step - 1, config.batch, rows)
