@@ -35,7 +35,7 @@ quick_compiles += --xla_cpu_use_fusion_emitters=false
 test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	XLA_FLAGS='$(quick_compiles)' $(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore=tests/long
+	XLA_FLAGS='$(quick_compiles)' $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests --ignore=tests/long
 
 test-long: .venv/.test
 	$(BIN)/python -m pytest -q tests/long
