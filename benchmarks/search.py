@@ -15,7 +15,8 @@ them.
 
 Two pools stand beside the simulated ones where they have been trained: that of --live is merged and
 scored at every trial, on its development set as it is, and that of --ledger is what splines make of
-all its studies' trials. Their losses count in shares of the base's.
+its studies' trials, among which must be some everywhere (the sampler sobol gives them). Their
+losses count in shares of the base's.
 
 Every search begins with the uniform average and the base, which count as trials.
 

@@ -21,6 +21,7 @@ from optimer_jax.search.objectives import losses_of
 from optimer_jax.vectors.pool import load_pool
 
 OBJECTIVES = {'mean': np.mean, 'worst': np.max}
+NEAR = 0.3  # Of a trial to an optimum, for a spline between trials to be believed.
 NOISE = 0.01  # Of the simulated losses, as a share of what merging gains.
 
 
@@ -32,7 +33,8 @@ class Surface:
     k: K, the number of weights.
     losses: weights [K] -> the tasks' losses [J].
     gradients: weights [K] -> [J, K].
-    best: the objective's minimum over the box.
+    at: the weights [K] of the objective's minimum over the box.
+    best: that minimum.
     gain: the objective at the base minus that.
     noise: standard deviation of what is seen of a loss.
   """
@@ -40,6 +42,7 @@ class Surface:
   k: int
   losses: Callable[[np.ndarray], np.ndarray]
   gradients: Callable[[np.ndarray], np.ndarray]
+  at: np.ndarray
   best: float
   gain: float
   noise: float
@@ -120,7 +123,7 @@ def from_ledger(run: Run, objective: str) -> Surface:
   what is left. Gradients are its differences.
 
   Raises:
-    UserError: there are too few trials.
+    UserError: there are too few trials, or none near the optimum, which is then an invention.
   """
   names, tasks = [*run.vector_paths], [task.name for task in tasks_of(run, 'dev')]
   studies, found = run.path / 'studies', {}
@@ -139,13 +142,20 @@ def from_ledger(run: Run, objective: str) -> Surface:
   degree = 2 if size >= (k + 1) * (k + 2) else 1
   spline = scipy.interpolate.RBFInterpolator(points, losses / base, kernel='cubic', degree=degree)
   step = 1e-4 * np.eye(k)
-  return _surface(
+  surface = _surface(
     k,
     lambda w: spline(w[None])[0],
     lambda w: ((spline(w + step) - spline(w - step)) / 2e-4).T,
     objective,
     starts=20,
   )
+  far = np.linalg.norm(points - surface.at, axis=1).min()
+  if far > NEAR:
+    raise UserError(
+      f'{studies}: no trial is near the {objective} optimum that a spline through {size} makes up: '
+      'search with the sampler sobol first, so that there are trials everywhere'
+    )
+  return surface
 
 
 def has_pool(run: Run) -> bool:
@@ -153,14 +163,14 @@ def has_pool(run: Run) -> bool:
 
 
 def _surface(k, losses, gradients, objective, starts, noise=0.0) -> Surface:
-  best = _minimum(k, losses, gradients, objective == 'mean', starts)
+  best, at = _minimum(k, losses, gradients, objective == 'mean', starts)
   gain = OBJECTIVES[objective](losses(np.zeros(k))) - best
-  return Surface(k, losses, gradients, best, float(gain), noise * gain)
+  return Surface(k, losses, gradients, at, best, float(gain), noise * gain)
 
 
-def _minimum(k, losses, gradients, mean, starts) -> float:
+def _minimum(k, losses, gradients, mean, starts) -> tuple[float, np.ndarray]:
   """The least z over the box and z, with the mean of the losses, or each of them, below z."""
-  rng, best = np.random.default_rng(0), np.inf
+  rng, best = np.random.default_rng(0), (np.inf, None)
   some = (lambda a: a.mean(0, keepdims=True)) if mean else (lambda a: a)
   below = {
     'type': 'ineq',
@@ -177,5 +187,6 @@ def _minimum(k, losses, gradients, mean, starts) -> float:
       constraints=below,
       method='SLSQP',
     )
-    best = min(best, some(losses(np.clip(found.x[:-1], 0, 1))).max())
-  return float(best)
+    at = np.clip(found.x[:-1], 0, 1)
+    best = min(best, (float(some(losses(at)).max()), at), key=lambda each: each[0])
+  return best
