@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from optimer_jax.errors import UserError
@@ -26,35 +26,48 @@ def no_room(path: Path | str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path | str) -> Iterator[Path]:
+def atomic_directory(
+  path: Path | str, forget: Callable[[Path], None] = lambda _: None
+) -> Iterator[Path]:
   """Yields an empty directory beside `path` that takes its place when the block ends well.
 
   What an earlier, killed writer left is removed first. The old directory, if any, stays readable
-  until the new one is complete.
+  until the new one is complete. `forget` is called with each directory before it is removed.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
+
+  def remove(directory: Path) -> None:
+    if directory.exists():
+      forget(directory)
+      shutil.rmtree(directory, ignore_errors=True)
+
   for left in path.parent.glob(f'.{path.name}.tmp-*'):
-    shutil.rmtree(left, ignore_errors=True)
+    remove(left)
   new = path.parent / f'.{path.name}.tmp-{uuid.uuid4().hex[:8]}'
   new.mkdir()
   try:
     with no_room(path):
       yield new
-      for file in new.rglob('*'):
-        if file.is_file():
-          file.chmod(new.stat().st_mode & 0o666)  # some writers let only the owner read
-          _sync(file)
+      sync_directory(new)
     if path.exists():
       old = path.parent / f'.{path.name}.tmp-old-{uuid.uuid4().hex[:8]}'
       path.rename(old)
       new.rename(path)
-      shutil.rmtree(old, ignore_errors=True)
+      remove(old)
     else:
       new.rename(path)
     _sync(path.parent)
   finally:
-    shutil.rmtree(new, ignore_errors=True)
+    remove(new)
+
+
+def sync_directory(path: Path) -> None:
+  """Waits until all files below `path` are on the disk, readable by whom the directory is."""
+  for file in path.rglob('*'):
+    if file.is_file():
+      file.chmod(path.stat().st_mode & 0o666)  # some writers let only the owner read
+      _sync(file)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -59,7 +59,9 @@ def pipeline(run: Run) -> None:
   if run.expect:
     say(run.expect)
   if there := sorted(
-    str(p.parent.relative_to(run.path)) for p in run.path.glob('*/**/manifest.json')
+    str(p.parent.relative_to(run.path))
+    for p in run.path.glob('*/**/manifest.json')
+    if not p.parent.name.startswith('.')
   ):
     say(f'There already, and not done again: {", ".join(there)}.')
   import_base(run)
@@ -100,7 +102,8 @@ def _import_base(run: Run) -> None:
     kept = None
     if run.trim_vocabulary:
       kept = choose_kept(Tokenizer.load(tokenizer_path), texts, run.trim_vocabulary)
-    manifest = bases.import_base(source, path, tokenizer_path, kept, settings)
+    arrays = run.arrays_of(path)
+    manifest = bases.import_base(source, path, tokenizer_path, kept, settings, arrays)
   for note in manifest.facts['notes']:
     say(f'base: {note}')
   _keep_gin(run)
@@ -131,7 +134,8 @@ def train_one(run: Run, name: str) -> store.Manifest:
     def keep(step: int, leaves: dict) -> None:
       parents, facts = {'base': base_manifest.fingerprint}, {'dataset': name, 'settings': settings}
       snapshot = run.path / 'snapshots' / name / str(step)
-      store.save(snapshot, 'cpt', model.config, leaves, parents=parents, facts=facts)
+      more = {'parents': parents, 'facts': facts, 'arrays': run.arrays_of(snapshot)}
+      store.save(snapshot, 'cpt', model.config, leaves, **more)
 
     leaves, spent = train(
       run.training,
@@ -144,6 +148,7 @@ def train_one(run: Run, name: str) -> store.Manifest:
       mesh=run.mesh,
       evaluate=held_out,
       keep=keep,
+      arrays=run.arrays_of(work),
     )
     cost.update({key: spent[key] for key in ('flops', 'tokens')})
     manifest = store.save(
@@ -163,8 +168,9 @@ def train_one(run: Run, name: str) -> store.Manifest:
       add_files=lambda new: write_text(
         new / 'metrics.jsonl', (work / 'metrics.jsonl').read_text(encoding='utf-8')
       ),
+      arrays=run.arrays_of(path),
     )
-    finish(work, run.training)
+    finish(work, run.training, run.arrays_of(work))
   return manifest
 
 
@@ -185,7 +191,8 @@ def extract_all(run: Run) -> None:
         continue
     with stage(run, f'extract/{name}') as cost:
       cost['flops'] = base_manifest.model.num_params
-      extract(base, model, path, name, run.vector_dtype, run.cache_path)
+      arrays = run.arrays_of(path)
+      extract(base, model, path, name, run.vector_dtype, run.cache_path, arrays)
   seen = vectors / 'geometry.json'
   if not seen.exists() or read_json(seen).get('vectors') != vector_fingerprints(run):
     inspect(run)
@@ -302,8 +309,9 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
       splits={leaf: contracted_axes(leaf) for leaf in pool.base},
       seed=merging.seed,
     )
-    parents = {'base': base.fingerprint}
-    store.save(path, 'merged', base.model, rows, parents=parents, facts={**facts, 'gin': run.gin})
+    facts['gin'] = run.gin
+    more = {'parents': {'base': base.fingerprint}, 'facts': facts, 'arrays': run.arrays_of(path)}
+    store.save(path, 'merged', base.model, rows, **more)
   return path
 
 

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 import jax
 from jax.sharding import Mesh
 
 from optimer_jax.checkpoints import base as bases
 from optimer_jax.checkpoints import store
+from optimer_jax.checkpoints.places import check_place
 from optimer_jax.data.datasets import Dataset
 from optimer_jax.data.sources import default_cache
 from optimer_jax.data.tokenizer import Tokenizer
@@ -73,12 +75,17 @@ class Run:
   vectors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> model to extract
   vector_dtype: str = 'float32'
   export_dtype: str | None = None  # default: that of the base
+  arrays: str = ''  # where leaves and training states are: gs://… or a folder; default: beside them
   cache: str | None = None  # downloads and packed rows; default: ~/.cache/optimer_jax
   expect: str = ''  # what the pipeline says at its start of time and memory
   gin: str = ''  # the operative gin, kept with the results
 
   def __post_init__(self):
     check_choices(self)
+    if self.arrays:
+      check_place(self.arrays, 'Run.arrays')
+      if Path(self.arrays).resolve() == self.path.resolve():
+        raise UsageError('Run.arrays is the run directory: leave it empty')
     for name in self.vectors:
       if name in self.names or name == 'base':
         raise UsageError(f'Run.vectors: the name {name!r} is taken: give the vector another one')
@@ -107,6 +114,12 @@ class Run:
   @property
   def cache_path(self) -> Path:
     return Path(self.cache) if self.cache else default_cache()
+
+  def arrays_of(self, path: Path) -> str:
+    """Where the arrays of RUN/… are to be; '' is beside its other files."""
+    if not self.arrays:
+      return ''
+    return f'{self.arrays.rstrip("/")}/{quote(path.relative_to(self.path).as_posix())}'
 
   def dataset(self, name: str) -> Dataset:
     for dataset in self.datasets:

@@ -29,7 +29,9 @@ CONFIG = TrainConfig(
 ONE, TWO = (1, 1, (1, 1, 1)), (2, 4, (2, 2, 2))  # processes, devices of each, mesh
 
 
-def main(directory: str, mesh: str, stop_at: str, save_each_of: str = '0') -> None:
+def main(
+  directory: str, mesh: str, stop_at: str, save_each_of: str = '0', arrays: str = ''
+) -> None:
   """Trains; the last process sends itself SIGTERM in the evaluation at step `stop_at`.
 
   With `save_each_of`, for so many steps, each of which is saved, without evaluation.
@@ -60,11 +62,12 @@ def main(directory: str, mesh: str, stop_at: str, save_each_of: str = '0') -> No
       identity={'base': 'a'},
       mesh=MeshConfig(*map(int, mesh.split(','))),
       evaluate=None if steps else evaluate,
+      arrays=arrays,
     )
   except Preempted as error:
     print(error)
     sys.exit(75)
-  store.save(directory / 'cpt', 'cpt', SMALL, leaves)
+  store.save(directory / 'cpt', 'cpt', SMALL, leaves, arrays=arrays and f'{arrays}/cpt')
   assert store.read_manifest(directory / 'cpt').leaves.keys() == leaves.keys()
 
 

@@ -68,7 +68,7 @@ def dataset(vocabulary: int, seed: int = 0) -> grain.MapDataset:
   return grain.MapDataset.source(Random(vocabulary)).shuffle(seed=seed).repeat()
 
 
-def run(model, directory, config=CONFIG, evaluate=None, identity=None, leaves=None):
+def run(model, directory, config=CONFIG, evaluate=None, identity=None, leaves=None, arrays=''):
   return train(
     config,
     model,
@@ -79,6 +79,7 @@ def run(model, directory, config=CONFIG, evaluate=None, identity=None, leaves=No
     identity=identity or {'base': 'a'},
     mesh=MeshConfig(data=1),
     evaluate=evaluate,
+    arrays=arrays,
   )
 
 

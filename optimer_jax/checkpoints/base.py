@@ -121,6 +121,7 @@ def import_base(
   tokenizer: Path,
   kept: np.ndarray | None = None,
   settings: Mapping | None = None,
+  arrays: str = '',
 ) -> store.Manifest:
   """Writes a source as a base artifact.
 
@@ -130,6 +131,7 @@ def import_base(
     tokenizer: a directory with the tokenizer's files, which are copied.
     kept: ascending ids of a trimmed vocabulary; None keeps all that the tokenizer knows.
     settings: what was asked for, kept in the manifest.
+    arrays: of `store.save`.
 
   Raises:
     UserError: a tensor cannot be read, or the disk is full.
@@ -171,7 +173,8 @@ def import_base(
   }
   shapes = {name: tensor.shape for name, tensor in leaves.items()}
   rows = blocks_of(leaves)
-  return store.save(path, 'base', config, rows, shapes=shapes, facts=facts, add_files=add_files)
+  more = {'facts': facts, 'add_files': add_files, 'arrays': arrays}
+  return store.save(path, 'base', config, rows, shapes=shapes, **more)
 
 
 def kept_vocabulary(base: Path | str) -> np.ndarray | None:

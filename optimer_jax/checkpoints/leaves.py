@@ -1,4 +1,4 @@
-"""Leaves on disk in Orbax's format, written and read by blocks of rows.
+"""Leaves on disk or in a bucket in Orbax's format, written and read by blocks of rows.
 
 Orbax saves and loads whole arrays; a leaf of a 27B model is 5.6 GB in float32. Here Orbax writes
 the checkpoint's frame and TensorStore, in which Orbax keeps its arrays, the rows. Orbax loads the
@@ -21,6 +21,7 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from optimer_jax.checkpoints.names import Tensor
+from optimer_jax.checkpoints.places import absolute, in_bucket, prove, reachable, reason, url
 from optimer_jax.errors import UserError
 
 # Elements: 16 MB in float32. The C library gives larger pieces back to the system, and taking
@@ -57,12 +58,12 @@ def orbax_context() -> ocp.Context:
 
 
 def write_leaves(
-  path: Path, shapes: Mapping[str, tuple[int, ...]], rows: Iterable[tuple[str, np.ndarray]]
+  place: Path | str, shapes: Mapping[str, tuple[int, ...]], rows: Iterable[tuple[str, np.ndarray]]
 ) -> dict[str, dict]:
   """Writes a checkpoint.
 
   Args:
-    path: the checkpoint's directory, which must not exist.
+    place: the checkpoint's directory or gs://…, where nothing may be.
     shapes: every leaf's shape.
     rows: each leaf's name and values, whole or in consecutive blocks as `row_blocks` cuts them.
 
@@ -70,16 +71,18 @@ def write_leaves(
     name -> {shape, dtype, digest}.
 
   Raises:
-    UserError: the disk is full.
+    UserError: the disk is full, or the bucket cannot be written.
   """
-  (write_frame if jax.process_count() == 1 else _write_frame_alone)(path, shapes)
+  prove(place)
+  with reachable(place):
+    (write_frame if jax.process_count() == 1 else _write_frame_alone)(place, shapes)
   entries, hashes, written = {}, {}, dict.fromkeys(shapes, 0)
-  with _Commits() as commits, concurrent.futures.ThreadPoolExecutor(1) as hashing:
+  with _Commits(place) as commits, concurrent.futures.ThreadPoolExecutor(1) as hashing:
     for name, block in rows:
       block = np.ascontiguousarray(block)
       shape, start = shapes[name], written[name]
-      if not entries:
-        _check_room(path, sum(map(math.prod, shapes.values())) * block.dtype.itemsize)
+      if not entries and not in_bucket(place):
+        _check_room(Path(place), sum(map(math.prod, shapes.values())) * block.dtype.itemsize)
       if name not in entries:
         entries[name] = {'shape': list(shape), 'dtype': block.dtype.name}
         hashes[name] = hashlib.blake2b(digest_size=16)
@@ -89,8 +92,9 @@ def write_leaves(
       hashed = hashing.submit(hashes[name].update, block.reshape(-1).view(np.uint8))
       written[name] = stop = start + len(block)
       new_dtype = block.dtype.name if start == 0 else None
-      array = _open(path, name, commits.transaction(block.nbytes), shape, new_dtype)
-      array[start:stop].write(block).result()
+      with reachable(place):
+        array = _open(place, name, commits.transaction(block.nbytes), shape, new_dtype)
+        array[start:stop].write(block).result()
       hashed.result()
   for name, shape in shapes.items():
     if written[name] != shape[0]:
@@ -99,21 +103,21 @@ def write_leaves(
   return {name: entries[name] for name in shapes}
 
 
-def write_frame(path: Path, names: Iterable[str]) -> None:
+def write_frame(place: Path | str, names: Iterable[str]) -> None:
   """Orbax's checkpoint of arrays with these names, which are not yet what they should be."""
   with orbax_context():
-    ocp.save(path.absolute(), {name: np.zeros(1, np.int8) for name in names})
+    ocp.save(absolute(place), {name: np.zeros(1, np.int8) for name in names})
 
 
-def _write_frame_alone(path: Path, names: Iterable[str]) -> None:
+def _write_frame_alone(place: Path | str, names: Iterable[str]) -> None:
   """In a process of its own: Orbax would wait for the other processes, which do not come here."""
   code = (
-    'import pathlib, sys; from optimer_jax.checkpoints.leaves import write_frame; '
-    'write_frame(pathlib.Path(sys.argv[1]), sys.stdin.read().split())'
+    'import sys; from optimer_jax.checkpoints.leaves import write_frame; '
+    'write_frame(sys.argv[1], sys.stdin.read().split())'
   )
   env = {key: value for key, value in os.environ.items() if key != 'JAX_COORDINATOR_ADDRESS'}
   done = subprocess.run(
-    [sys.executable, '-c', code, str(path)],
+    [sys.executable, '-c', code, str(place)],
     env={**env, 'JAX_PLATFORMS': 'cpu'},
     input='\n'.join(names),
     text=True,
@@ -130,12 +134,16 @@ class _Commits:
   writes in it. What was written is deleted with the unfinished artifact.
   """
 
+  def __init__(self, place: Path | str):
+    self._place = place
+
   def __enter__(self) -> '_Commits':
     self._open, self._waiting = ts.Transaction(), 0
     return self
 
   def __exit__(self, *error) -> None:
-    self._open.commit_async().result()
+    with reachable(self._place):
+      self._open.commit_async().result()
 
   def transaction(self, size: int) -> ts.Transaction:
     """The transaction to write `size` bytes in."""
@@ -146,14 +154,16 @@ class _Commits:
     return self._open
 
 
-def open_leaves(path: Path, entries: Mapping[str, Mapping], artifact: Path) -> dict[str, Tensor]:
+def open_leaves(
+  place: Path | str, entries: Mapping[str, Mapping], artifact: Path
+) -> dict[str, Tensor]:
   """Opens a checkpoint; its values are read when they are asked for.
 
   A leaf that is read from its first row to its last, at once or block by block, is checked
   against its digest when the last row is read. (Rows that are looked at out of turn do not count.)
 
   Args:
-    path: the checkpoint's directory.
+    place: the checkpoint's directory, or gs://….
     entries: from `write_leaves`.
     artifact: named in errors, which reading raises as UserError: a damaged or missing file.
   """
@@ -166,12 +176,12 @@ def open_leaves(path: Path, entries: Mapping[str, Mapping], artifact: Path) -> d
       nonlocal opened, seen
       stop = shape[0] if stop is None else stop
       try:
-        opened = opened or _open(path, name)
+        opened = opened or _open(place, name)
         rows = opened[start:stop].read().result()
       except (ValueError, OSError) as error:  # TensorStore's errors for a damaged file
-        reason = str(error).splitlines()[0].split(' [')[0].split('. ')[0]
+        advice = 'check that you may read the bucket, or ' if in_bucket(place) else ''
         raise UserError(
-          f'{artifact}/leaves: {name} cannot be read ({reason}): write the artifact again'
+          f'{place}: {name} cannot be read ({reason(error)}): {advice}write the artifact again'
         ) from error
       if start <= seen < stop:
         hashed.update(rows[seen - start :].reshape(-1).view(np.uint8))
@@ -189,20 +199,30 @@ def _rows(shape: tuple[int, ...]) -> int:
   return max(1, BLOCK // math.prod(shape[1:]))
 
 
-# No cache, as every byte is read once; files are synced together when an artifact is complete.
-_CONTEXT = ts.Context({'cache_pool': {'total_bytes_limit': 0}, 'file_io_sync': False})
+# No cache of values, as every byte is read once; files are synced together when an artifact is
+# complete. Of a bucket the index is kept: else it were fetched again for each leaf.
+_CONTEXT = ts.Context(
+  {
+    'cache_pool': {'total_bytes_limit': 0},
+    'cache_pool#index': {'total_bytes_limit': 2**26},
+    'file_io_sync': False,
+  }
+)
 
 
 def _open(
-  path: Path,
+  place: Path | str,
   name: str,
   transaction: ts.Transaction | None = None,
   shape: tuple[int, ...] = (),
   new_dtype: str | None = None,
 ) -> ts.TensorStore:
   """The array of a leaf; with `new_dtype`, made anew in the place of the frame's."""
-  base = f'file://{(path / "state").absolute()}/'
-  spec = {'driver': 'zarr3', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}}
+  base = f'{url(place)}state/'
+  kvstore = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
+  if in_bucket(place):
+    kvstore['cache_pool'] = 'cache_pool#index'
+  spec = {'driver': 'zarr3', 'kvstore': kvstore}
   if transaction:
     spec['store_data_equal_to_fill_value'] = True  # Orbax takes chunks left out for lost ones
   if new_dtype:

@@ -4,14 +4,19 @@
   ARTIFACT/leaves/         Orbax: one array a leaf, uncompressed
   ARTIFACT/…               a base also keeps config.json, tokenizer files, untouched tensors
 
+The leaves may be elsewhere, on another disk or in a bucket: the manifest says where. Then each
+writer takes a new place, so that a manifest and its leaves belong together at any moment.
+
 Orbax notices a truncated file but not a flipped bit; the digests notice both.
 """
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -22,12 +27,14 @@ from optimer_jax import __version__
 from optimer_jax.checkpoints.leaves import open_leaves as open_rows
 from optimer_jax.checkpoints.leaves import row_blocks, write_leaves
 from optimer_jax.checkpoints.names import Tensor
+from optimer_jax.checkpoints.places import absolute, delete, in_bucket
 from optimer_jax.checkpoints.quantized import SCALE, scale_shape
 from optimer_jax.errors import UserError
-from optimer_jax.files import atomic_directory, read_json, write_json
+from optimer_jax.files import atomic_directory, no_room, read_json, sync_directory, write_json
 from optimer_jax.gemma3.config import Gemma3Config
 from optimer_jax.gemma3.layout import leaf_shapes
 from optimer_jax.parallel.processes import meet, primary, whole_rows
+from optimer_jax.progress import say
 
 FORMAT = 1
 
@@ -46,6 +53,7 @@ class Manifest:
   versions: dict[str, str]
   written: str
   format: int = FORMAT
+  arrays: str = ''  # where the leaves are, if not beside the manifest
 
 
 def fingerprint(leaves: Mapping[str, dict]) -> str:
@@ -75,6 +83,7 @@ def save(
   parents: Mapping[str, str] | None = None,
   facts: Mapping | None = None,
   add_files: Callable[[Path], None] | None = None,
+  arrays: str = '',
 ) -> Manifest:
   """Writes an artifact; a reader sees the old one or the new one.
 
@@ -90,9 +99,11 @@ def save(
     parents: role to fingerprint of the artifacts that it was made from.
     facts: JSON values to keep in the manifest, read after the last leaf.
     add_files: called with the directory before it takes its place.
+    arrays: a folder or gs://… in which the leaves get a folder of their own; what the artifact had
+      there before is deleted afterwards. Default: beside the manifest.
 
   Raises:
-    UserError: the disk is full.
+    UserError: the disk is full, or the bucket cannot be written.
   """
   path = Path(path)
   shapes = shapes or leaf_shapes(model)
@@ -106,8 +117,14 @@ def save(
       pass
     meet()
     return read_manifest(path, kind)
-  with atomic_directory(path) as new:
-    entries = write_leaves(new / 'leaves', shapes, leaves)
+  place = f'{absolute(arrays)}/{_owner(path)}-{uuid.uuid4().hex[:8]}' if arrays else ''
+  with atomic_directory(path, functools.partial(_forget_arrays, path)) as new:
+    if place:
+      write_json(new / 'manifest.json', {'arrays': place})  # By it, a killed writer's are found.
+    with no_room(place or path):
+      entries = write_leaves(place or new / 'leaves', shapes, leaves)
+      if place and not in_bucket(place):
+        sync_directory(Path(place))
     if add_files:
       add_files(new)
     manifest = Manifest(
@@ -117,15 +134,37 @@ def save(
       fingerprint=fingerprint(entries),
       parents=dict(parents or {}),
       facts=dict(facts or {}),
-      files={f.name: _file_digest(f) for f in sorted(new.iterdir()) if f.is_file()},
+      files={name: _file_digest(new / name) for name in _files(new)},
       versions=versions(),
       written=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+      arrays=place,
     )
     raw = dataclasses.asdict(manifest)
     write_json(new / 'manifest.json', {**raw, 'seal': seal(raw)})
   if together:
     meet()
   return manifest
+
+
+def _files(directory: Path) -> list[str]:
+  return sorted(f.name for f in directory.iterdir() if f.is_file() and f.name != 'manifest.json')
+
+
+def _owner(path: Path) -> str:
+  """What marks the places of an artifact's leaves as its own, not those of a copy."""
+  return hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()
+
+
+def _forget_arrays(path: Path, directory: Path) -> None:
+  """Deletes the leaves that a directory, which once was `path` or was to be, has elsewhere."""
+  try:
+    place = json.loads((directory / 'manifest.json').read_text(encoding='utf-8'))['arrays']
+    if place.rpartition('/')[-1].startswith(_owner(path)):
+      delete(place)
+  except (OSError, ValueError, LookupError, AttributeError, TypeError):
+    pass  # It has none, or was not to be read.
+  except UserError as error:
+    say(f'{place} is left over, and can be deleted: {error}')
 
 
 def _gathered(leaves: Mapping[str, jax.Array]) -> Iterator[tuple[str, np.ndarray]]:
@@ -204,7 +243,7 @@ def open_leaves(
     if name not in expected:
       raise UserError(f'{path} has a leaf {name} that its model lacks: write the artifact again')
   entries = {name: manifest.leaves[name] for name in expected}
-  return manifest, open_rows(path / 'leaves', entries, path)
+  return manifest, open_rows(manifest.arrays or path / 'leaves', entries, path)
 
 
 def _stored_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ on one mesh, by one number of processes, is restored on any other.
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -17,10 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from optimer_jax.checkpoints.leaves import orbax_context
+from optimer_jax.checkpoints.places import absolute, prove, reachable
 from optimer_jax.errors import UserError
 from optimer_jax.files import no_room
 from optimer_jax.gemma3 import Model, abstract_params, logical_axes
 from optimer_jax.gemma3.placement import place_leaves
+from optimer_jax.parallel.processes import once
 from optimer_jax.parallel.sharding import constrain, shardings
 
 Leaves = Iterable[tuple[str, np.ndarray]]  # name and values, one after another
@@ -79,46 +81,65 @@ def _copy(array: jax.Array, where: NamedSharding) -> jax.Array:
 
 
 @contextlib.contextmanager
-def saved(directory: Path, keep_every: int) -> Iterator[ocp.training.Checkpointer]:
-  """The states in `directory`: the last one, and those of every `keep_every` steps if not 0.
+def saved(place: Path | str, keep_every: int) -> Iterator[ocp.training.Checkpointer]:
+  """The states in a directory or gs://…: the last one, and those of every `keep_every` steps.
 
   On leaving, also by an error, it waits for a save that is under way.
+
+  Several processes come here together.
+
+  Raises:
+    UserError: the bucket cannot be used.
   """
   policies = ocp.training.preservation_policies
   kept = [policies.LatestN(1), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
   with orbax_context():
-    saves = ocp.training.Checkpointer(
-      directory.absolute(),
-      preservation_policy=policies.AnyPreservationPolicy(kept),
-      cleanup_tmp_directories=True,
-    )
-    with contextlib.closing(saves):
+    once(lambda: prove(place))
+    with reachable(place):
+      saves = ocp.training.Checkpointer(
+        absolute(place),
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        cleanup_tmp_directories=True,
+      )
+    try:
       yield saves
+    finally:
+      with reachable(place):
+        saves.close()
 
 
-def save(saves: ocp.training.Checkpointer, step: int, state: dict) -> None:
+def save(saves: ocp.training.Checkpointer, identity: Mapping, step: int, state: dict) -> None:
   """Saves in the background, on accelerators; the values' checksums go with them.
+
+  So does the run's identity: two runs may have been given one place.
 
   On CPU a save reads the state's own memory, which the next step could then not reuse: a second
   state would be held for as long as the save takes.
   """
-  with no_room(saves.directory):
-    saves.save_async(step, state, custom_metadata={'checksums': checksums(state)})
+  facts = {'checksums': checksums(state), 'identity': dict(identity)}
+  with no_room(saves.directory), reachable(saves.directory):
+    saves.save_async(step, state, custom_metadata=facts)
     if jax.default_backend() == 'cpu':
       saves.wait()
 
 
-def restore(saves: ocp.training.Checkpointer, abstract: dict) -> tuple[dict, int]:
+def restore(
+  saves: ocp.training.Checkpointer, abstract: dict, identity: Mapping
+) -> tuple[dict, int]:
   """The last state, placed as `abstract` says, and its step.
 
   Raises:
-    UserError: it is damaged.
+    UserError: it is damaged, or of another run.
   """
-  step, directory = saves.latest.step, Path(saves.directory)
+  step, directory = saves.latest.step, saves.directory
   advice = f'delete {directory.parent} to train again'
   try:
+    facts = saves.metadata(step).custom_metadata
+    check_identity(directory, facts.get('identity', identity), identity)
     state = saves.load(step, abstract)
-    expected = saves.metadata(step).custom_metadata['checksums']
+    expected = facts['checksums']
+  except UserError:
+    raise
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
     raise UserError(
       f'{directory} cannot be read at step {step} ({type(error).__name__}): {advice}'
@@ -126,6 +147,17 @@ def restore(saves: ocp.training.Checkpointer, abstract: dict) -> tuple[dict, int
   if checksums(state) != expected:
     raise UserError(f'{directory} is damaged at step {step}: {advice}')
   return state, step
+
+
+def check_identity(place: Path | str, old: Mapping, new: Mapping) -> None:
+  """UserError if what was begun in a place depends on other settings."""
+  changed = sorted(key for key in {**old, **new} if old.get(key) != new.get(key))
+  if changed:
+    key = changed[0]
+    raise UserError(
+      f'{place} was begun with {key} = {old.get(key)}, not {new.get(key)}: '
+      'give the same settings, or delete it to start again'
+    )
 
 
 def checksums(state: dict) -> dict[str, int]:

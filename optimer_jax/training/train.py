@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from optimer_jax.checkpoints import places
 from optimer_jax.data.mixtures import global_batch
 from optimer_jax.errors import Preempted, UserError
 from optimer_jax.files import read_json, write_json
@@ -149,6 +149,7 @@ def train(
   mesh: MeshConfig,
   evaluate: Callable[[dict], Mapping[str, float]] | None = None,
   keep: Callable[[int, dict[str, jax.Array]], None] | None = None,
+  arrays: str = '',
 ) -> tuple[dict[str, jax.Array], dict]:
   """Trains to the last step, from the last saved state if there is one.
 
@@ -162,6 +163,7 @@ def train(
       saved yet, and what it gives is not kept.
     dataset: rows, as `data.mixtures.mixture` gives them.
     directory: holds state/, metrics.jsonl and event files; its state is deleted by `finish`.
+    arrays: holds state/ instead; a folder or gs://….
     name: the data set's name, for people.
     identity: what the result depends on beside `config` (fingerprints of base and data); a
       directory begun with another identity is refused.
@@ -183,7 +185,8 @@ def train(
     raise UserError(f'{config.warmup} warmup steps do not fit into {config.steps} steps')
   if config.batch % config.accumulate:
     raise UserError(f'batch {config.batch} does not divide into {config.accumulate} pieces')
-  once(lambda: _check_identity(directory, {**settings_of(config), **identity}))
+  identity = {**settings_of(config), **identity}
+  once(lambda: _begin(directory, identity))
   devices = make_mesh(mesh)
   rows_at_once = config.batch // config.accumulate
   if rows_at_once % (devices.shape['data'] * devices.shape['fsdp']):
@@ -191,12 +194,14 @@ def train(
       f'{rows_at_once} rows cannot be split over data={devices.shape["data"]} x '
       f'fsdp={devices.shape["fsdp"]} devices: change batch, accumulate or the mesh'
     )
-  with jax.set_mesh(devices), states.saved(directory / 'state', config.keep_states_every) as saves:
+  place, every = _states(directory, arrays), config.keep_states_every
+  with jax.set_mesh(devices), states.saved(place, every) as saves:
     start, adamw = 0, optimizer(config)
     if saves.latest is None:
       state = states.first_state(adamw, model, devices, read_base())
     else:
-      state, start = states.restore(saves, states.abstract_state(adamw, model, devices))
+      abstract = states.abstract_state(adamw, model, devices)
+      state, start = states.restore(saves, abstract, identity)
       say(f'{name}: resumed at step {start}')
     with contextlib.closing(MetricsWriter(directory, start)) as writer, preemption() as preempted:
       state, spent = _loop(
@@ -205,7 +210,7 @@ def train(
         state,
         start,
         dataset,
-        saves,
+        functools.partial(states.save, saves, identity),
         writer,
         evaluate,
         keep,
@@ -224,7 +229,7 @@ def compiled_step(model: Model, config: TrainConfig, state: dict, batch: dict) -
 
 
 def _loop(
-  config, model, state, start, dataset, saves, writer, evaluate, keep, rows, name, preempted
+  config, model, state, start, dataset, save, writer, evaluate, keep, rows, name, preempted
 ):
   length = dataset[0]['tokens'].shape[-1]
   flops_per_step = 3 * model.config.flops_per_token(length) * config.batch * length
@@ -296,7 +301,7 @@ def _loop(
     stop = preempted(step) and step < config.steps
     if due(step) or stop:
       settle()
-      states.save(saves, step, state)
+      save(step, state)
       saved = time.monotonic()
     if stop:
       raise Preempted(f'{name} was told to stop and is saved at step {step}')
@@ -329,28 +334,24 @@ def batch_of(
   return {key: put(values) for key, values in found.items()}
 
 
-def finish(directory: Path, config: TrainConfig) -> None:
+def finish(directory: Path, config: TrainConfig, arrays: str = '') -> None:
   """Deletes the saved state of a run whose result is stored, but for those that were to stay."""
-  every = config.keep_states_every
+  every, place = config.keep_states_every, _states(directory, arrays)
   if not primary():
     return
-  for path in (directory / 'state').glob('*'):
-    if not (every and path.name.isdigit() and int(path.name) % every == 0):
-      shutil.rmtree(path, ignore_errors=True)
-  with contextlib.suppress(OSError):  # There are some that stay.
-    (directory / 'state').rmdir()
+  there = places.folders(place)
+  stay = {name for name in there if every and name.isdigit() and int(name) % every == 0}
+  for left in [f'{place}/{name}' for name in there - stay] if stay else [place]:
+    places.delete(left)
 
 
-def _check_identity(directory: Path, identity: Mapping) -> None:
+def _states(directory: Path, arrays: str) -> str:
+  return f'{arrays or directory}/state'
+
+
+def _begin(directory: Path, identity: Mapping) -> None:
   path = directory / 'run.json'
-  if not path.exists():
+  if path.exists():
+    states.check_identity(directory, read_json(path), identity)
+  else:
     write_json(path, dict(identity))
-    return
-  old = read_json(path)
-  changed = sorted(key for key in old | dict(identity) if old.get(key) != identity.get(key))
-  if changed:
-    key = changed[0]
-    raise UserError(
-      f'{directory} was begun with {key} = {old.get(key)}, not {identity.get(key)}: '
-      'give the same settings, or delete it to start again'
-    )

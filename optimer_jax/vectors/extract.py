@@ -36,6 +36,7 @@ def extract(
   name: str,
   dtype: str = 'float32',
   cache: Path | None = None,
+  arrays: str = '',
 ) -> store.Manifest:
   """Writes the distribution vector of a model; a few blocks of rows are in memory at a time.
 
@@ -49,6 +50,7 @@ def extract(
     dtype: float32; bfloat16 at half the size; int8 with a scale for each channel at a quarter. The
       rounding error is recorded relative to the vector's norm.
     cache: where a downloaded or unpacked model is kept.
+    arrays: of `store.save`.
 
   Raises:
     UserError: another base or architecture, another dtype name, a value that is not finite, a
@@ -77,9 +79,8 @@ def extract(
     facts['rounding_error'] = (errors / squares) ** 0.5 if squares else 0.0
 
   parents = {'base': base_manifest.fingerprint, **parents}
-  return store.save(
-    out, 'vector', base_manifest.model, rows(), shapes=shapes, parents=parents, facts=facts
-  )
+  more = {'shapes': shapes, 'parents': parents, 'facts': facts, 'arrays': arrays}
+  return store.save(out, 'vector', base_manifest.model, rows(), **more)
 
 
 def origin(model: Path | str) -> str:

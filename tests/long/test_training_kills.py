@@ -19,9 +19,9 @@ KILLS, STEPS = 10, 60
 ONE, TWO = (1, 1, (1, 1, 1)), (2, 2, (2, 1, 2))
 
 
-def start(directory, how):
+def start(directory, how, steps=STEPS, arrays=''):
   processes, devices, mesh = how
-  arguments = [test_processes.__file__, directory, ','.join(map(str, mesh)), 0, STEPS]
+  arguments = [test_processes.__file__, directory, ','.join(map(str, mesh)), 0, steps, arrays]
   return together.start(arguments, directory, processes, devices)
 
 
