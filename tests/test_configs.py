@@ -24,6 +24,7 @@ BOUND = {
     ['models/gemma3_27b.gin'],
     ["DIRECTORY='runs/mine'", "FOLDER='tests/data/folder'"],
   ),
+  'runs/paper_27b.gin': ([], ["FOLDER='tests/data/paper'"]),
 }
 
 
@@ -34,10 +35,10 @@ def read(file, bindings=()):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-  """A folder with two data sets, for the runs that read one."""
+  """Folders with data sets, for the runs that read one."""
   monkeypatch.chdir(tmp_path)
-  for name in ('en', 'fr'):
-    place = tmp_path / 'tests' / 'data' / 'folder' / name
+  for name in ('folder/en', 'folder/fr', 'paper/ja', 'paper/zh', 'paper/math', 'paper/code'):
+    place = tmp_path / 'tests' / 'data' / name
     place.mkdir(parents=True)
     for split in ('train', 'valid'):
       (place / f'{split}.jsonl').write_text('{"text": "words"}\n')

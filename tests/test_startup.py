@@ -87,7 +87,7 @@ def test_what_the_environment_of_a_tpu_says(environ, expected):
 @pytest.mark.parametrize(
   ('environ', 'expected'),
   [
-    (POD, ('pod-0.svc:8476', 2, 1)),
+    (POD, ('pod-0.svc:8482', 2, 1)),
     (POD | {'JAX_COORDINATOR_PORT': '99'}, ('pod-0.svc:99', 2, 1)),
     (
       POD
@@ -96,7 +96,7 @@ def test_what_the_environment_of_a_tpu_says(environ, expected):
         'MEGASCALE_SLICE_ID': '2',
         'MEGASCALE_COORDINATOR_ADDRESS': 'first-0:8080',
       },
-      ('first-0:8476', 6, 5),
+      ('first-0:8482', 6, 5),
     ),
     ({'TPU_WORKER_HOSTNAMES': 'pod-0.svc', 'TPU_WORKER_ID': '0'}, None),
     ({'TPU_WORKER_HOSTNAMES': 'localhost'}, None),

@@ -164,7 +164,7 @@ def _hosts_of_gke(environ: Mapping[str, str]) -> dict | None:
     return None
   first = (environ.get('MEGASCALE_COORDINATOR_ADDRESS') or hosts[0]).split(':')[0]
   return {
-    'coordinator_address': f'{first}:{environ.get("JAX_COORDINATOR_PORT") or 8476}',
+    'coordinator_address': f'{first}:{environ.get("JAX_COORDINATOR_PORT") or 8482}',
     'num_processes': len(hosts) * slices,
     'process_id': int(number) + slice_id * len(hosts),
     'cluster_detection_method': 'deactivate',
