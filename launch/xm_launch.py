@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # `xmanager launch` knows of this file alone.
 
 from launch import description as descriptions  # noqa: E402
 from launch.description import SERVE, STAGES, Description, Job  # noqa: E402
+from launch.fit import check_fits  # noqa: E402
 from optimer_jax.errors import UserError  # noqa: E402
 
 _DESCRIPTION = flags.DEFINE_string(
@@ -41,9 +42,9 @@ def command(job: Job) -> list[str]:
   """What the unit of a job runs: the job itself, or what submits it and waits for it."""
   if _BACKEND.value == 'local':
     return [str(Path(sys.executable).parent / job.command[0]), *job.command[1:]]
-  force = ['--force'] if _FORCE.value else []
   module = [sys.executable, '-m', 'launch.gke', _DESCRIPTION.value]
-  return [*module, f'--stage={job.stage}', f'--job={job.name}', *force]
+  # Whether all of them fit was asked once, before.
+  return [*module, f'--stage={job.stage}', f'--job={job.name}', '--force']
 
 
 @contextlib.contextmanager
@@ -107,6 +108,8 @@ def main(arguments: list[str]) -> None:
       for job in (job for step in steps for job in step):
         print(f'{job.name}: {shlex.join(command(job))}')
       return
+    if _BACKEND.value == 'gke':
+      check_fits(found, [job for step in steps for job in step], _FORCE.value)
     asyncio.run(run(found, steps))
   except UserError as error:
     sys.exit(f'xm_launch: {error}')
