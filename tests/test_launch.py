@@ -291,7 +291,7 @@ def test_slices_that_are_not_sold(name, nearest, refused):
     ('studies: {a: ["Objective.knid = \'worst\'"]}\n', "Objective has no parameter 'knid'"),
     ('studies: {a: [], A: []}\n', 'two jobs would be called'),
     ('gke: {naemspace: x}\n', "gke: 'naemspace' is unknown; did you mean namespace?"),
-    ('gke: {mount: /elsewhere}\n', "directory is '/runs/mine', but must be in what the machines share"),
+    ('gke: {mount: /elsewhere}\n', 'but must be in what the machines share, as in /elsewhere'),
     (f'studies: {{{"x" * 50}: []}}\n', 'names of jobs may have 46 letters'),
     ('spot: [', 'is no YAML'),
   ],
