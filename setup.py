@@ -87,7 +87,7 @@ setup(
       'pytest',
       'pytest-xdist',
       'ruff',
-      'sentencepiece',
+      'sentencepiece<0.2.2',  # later ones need protobuf 7, which Google's libraries do not take
       'setuptools>=77',
       'torch==2.13.0',
       'transformers',

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_together import check_killed
 
 from optimer_jax.files import read_json, read_jsonl
@@ -92,8 +93,9 @@ def test_the_processes_of_a_slice_evaluate_together(tmp_path):
   assert error == 'as process 0 says' and not (tmp_path / 'nowhere').exists()
 
 
-def test_when_process_0_is_killed_the_other_ends_and_nothing_is_lost(tmp_path):
-  check_killed(tmp_path, 0)
+@pytest.mark.parametrize('killed', [0, 1])
+def test_when_one_process_is_killed_the_other_ends_and_nothing_is_lost(tmp_path, killed):
+  check_killed(tmp_path, killed)
 
 
 def start(directory: Path, cache: Path, role: str) -> subprocess.Popen:
