@@ -77,7 +77,7 @@ def prove(place: Path | str) -> None:
   if importlib.util.find_spec('gcsfs') is None:
     raise UserError(f"for {place} gcsfs is needed: pip install 'optimer_jax[gcs]'")
   with reachable(place):
-    from google.cloud import storage  # gcsfs brings it.
+    from google.cloud import storage
 
     storage.Client().get_bucket(str(place).split('/')[2])
     beside = ts.KvStore.open(url(place).rstrip('/')).result()
