@@ -65,7 +65,7 @@ def reachable(place: Path | str) -> Iterator[None]:
 
 
 def prove(place: Path | str) -> None:
-  """Looks at the bucket, if it is in one, and writes and deletes an object beside the place.
+  """Looks at the bucket, if it is in one, and writes and deletes an object in the place.
 
   Orbax, which does the same, waits for minutes where it may not.
 
@@ -77,12 +77,12 @@ def prove(place: Path | str) -> None:
   if importlib.util.find_spec('gcsfs') is None:
     raise UserError(f"for {place} gcsfs is needed: pip install 'optimer_jax[gcs]'")
   with reachable(place):
-    from google.cloud import storage  # gcsfs brings it.
+    from google.cloud import storage
 
     storage.Client().get_bucket(str(place).split('/')[2])
-    beside = ts.KvStore.open(url(place).rstrip('/')).result()
-    beside.write('.probe', b'may I?').result()
-    beside.write('.probe', None).result()
+    store = ts.KvStore.open(url(place)).result()
+    store.write('probe', b'may I?').result()
+    store.write('probe', None).result()
 
 
 def delete(place: Path | str) -> None:

@@ -94,7 +94,7 @@ def saved(place: Path | str, keep_every: int) -> Iterator[ocp.training.Checkpoin
   policies = ocp.training.preservation_policies
   kept = [policies.LatestN(1), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
   with orbax_context():
-    once(lambda: prove(place))
+    once(lambda: prove(str(place).rpartition('/')[0]))  # Not among the steps.
     with reachable(place):
       saves = ocp.training.Checkpointer(
         absolute(place),
