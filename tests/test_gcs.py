@@ -16,7 +16,8 @@ from small_run import make_run
 from optimer_jax.checkpoints import places, store
 from optimer_jax.errors import UsageError, UserError
 from optimer_jax.gemma3 import Model, init_leaves
-from optimer_jax.training.train import finish
+from optimer_jax.training import state as states
+from optimer_jax.training.train import finish, optimizer
 
 # Orbax gives up a damaged read while others are under way, and those complain afterwards.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -150,35 +151,34 @@ def test_no_such_place(place, tmp_path):
   assert run.arrays_of(run.path / 'cpt' / 'c#') == 'gs://mine/runs/cpt/c%23'
 
 
-def test_training_goes_on_from_a_bucket(small, tmp_path, bucket):
-  """Bit for bit as with its state on the disk, and not with the state of another run."""
-  run = lambda directory, **more: test_training.run(Model(small), tmp_path / directory, **more)
-  there = f'{bucket.url}/{tmp_path.name}/training/ja'
-  whole, _ = run('whole')
-
-  def stop(params):
-    raise test_training.Stop
-
-  with pytest.raises(test_training.Stop):
-    run('broken', evaluate=stop, arrays=there)  # At step 4, after the save at step 3.
-  assert not (tmp_path / 'broken' / 'state').exists()
+def test_a_state_in_a_bucket(small, tmp_path, bucket):
+  """Comes back bit for bit, but not to another run (tests/long: training with it, and kills)."""
+  there, ours = f'{bucket.url}/{tmp_path.name}/training/ja', {'base': 'a'}
+  model, config = Model(small), test_training.CONFIG
+  mesh, state, _ = test_training.first_step(model)
+  abstract = states.abstract_state(optimizer(config), model, mesh)
+  with jax.set_mesh(mesh), states.saved(f'{there}/state', 3) as saves:
+    for step in (2, 3, 4):
+      states.save(saves, ours, step, state)
+  assert places.folders(f'{there}/state') == {'3', '4'}
+  with jax.set_mesh(mesh), states.saved(f'{there}/state', 3) as saves:
+    found, step = states.restore(saves, abstract, ours)
+    assert step == 4 and jax.tree.all(jax.tree.map(np.array_equal, found, state))
+    refuse(
+      [f'{there}/state was begun with base = a, not b'],
+      lambda: states.restore(saves, abstract, {'base': 'b'}),
+    )
+    (holds, *_) = (
+      x for x in bucket.names(f'{tmp_path.name}/training/ja/state/4') if len(bucket.read(x)) > 9000
+    )
+    content = bytearray(bucket.read(holds))
+    content[len(content) // 2] ^= 1
+    bucket.write(holds, bytes(content))
+    refuse(
+      [f'{there}/state', 'at step 4', f'delete {there}'],
+      lambda: states.restore(saves, abstract, ours),
+    )
+  finish(tmp_path, dataclasses.replace(config, keep_states_every=3), there)
   assert places.folders(f'{there}/state') == {'3'}
-  refuse(
-    ['state was begun with base = a, not b'], lambda: run('b', identity={'base': 'b'}, arrays=there)
-  )
-  found, spent = run('broken', arrays=there)
-  assert spent['steps'] == 9 and same(to_host(found), to_host(whole))
-  # Of what is damaged, the place is named.
-  names = [x for x in bucket.names(f'{tmp_path.name}/training') if len(bucket.read(x)) > 10_000]
-  content = bytearray(bucket.read(names[0]))
-  content[len(content) // 2] ^= 1
-  bucket.write(names[0], bytes(content))
-  refuse([f'{there}/state', 'at step 12', f'delete {there}'], lambda: run('broken', arrays=there))
-  finish(tmp_path / 'broken', dataclasses.replace(test_training.CONFIG, keep_states_every=6), there)
-  assert places.folders(f'{there}/state') == {'12'}
-  finish(tmp_path / 'broken', test_training.CONFIG, there)
+  finish(tmp_path, config, there)
   assert not bucket.names(f'{tmp_path.name}/')
-
-
-def to_host(leaves) -> dict[str, np.ndarray]:
-  return jax.tree.map(np.asarray, dict(leaves))
