@@ -1,6 +1,8 @@
 """What the launchers' command lines have in common."""
 
 import argparse
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,3 +43,21 @@ def run(
   except KeyboardInterrupt:
     print(f'{name}: stopped; what was submitted goes on, and so does this command', file=sys.stderr)
     sys.exit(1)
+
+
+def call(arguments: Sequence[str], text: str | None = None) -> str:
+  """Runs a program, which reads `text`, and gives back what it prints.
+
+  Raises:
+    UserError: it is not installed, or failed.
+  """
+  try:
+    done = subprocess.run(arguments, input=text, text=True, capture_output=True)
+  except FileNotFoundError:
+    raise UserError(
+      f'{arguments[0]} is not installed: install it, or print what it would be told with --dry-run'
+    ) from None
+  if done.returncode:
+    reason = ' '.join(done.stderr.split()) or f'it exited with {done.returncode}'
+    raise UserError(f'{shlex.join(arguments[:5])}: {reason}')
+  return done.stdout.strip()

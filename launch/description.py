@@ -17,21 +17,20 @@ A description is a YAML file, such as launch/runs/paper_27b.yaml:
       train: {topology: v5e:16x16}   # 2xv5e:16x16 are two slices
       search: {topology: v5e:8x8, workers: 4}
       extract: {cpus: 16, memory_gib: 64}
-    gke: {...}                       # see `gke.Cluster`
+    gke: {...}                       # see `manifests.Cluster`
     tpu_vm: {...}                    # see `tpu_vm.Site`
 
 `jobs` turns it into `Job`s: one command line each, run on every host of its slices.
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
-from optimer_jax.configs import read_run
+from optimer_jax.configs import check_types, nearest, read_run
 from optimer_jax.errors import UsageError
 from optimer_jax.planning.topologies import Topology, sold
 from optimer_jax.run import Run
@@ -47,12 +46,12 @@ class Stage:
   """What a stage runs on.
 
   Attributes:
-    topology: as in v5e:16x16 or 2xv5e:16x16; '' for a machine without a TPU.
+    topology: the slices; None for a machine without a TPU.
     workers: of a search; several have a server (`optimer serve`), one has none.
     cpus, memory_gib: of a machine without a TPU.
   """
 
-  topology: str = ''
+  topology: Topology | None = None
   workers: int = 1
   cpus: int = 8
   memory_gib: int = 32
@@ -94,7 +93,6 @@ class Job:
     name: short, and of one job of the description only.
     stage: of `STAGES`, or SERVE, which runs until the workers of its study are done.
     command: the process's arguments.
-    topology: None for a machine without a TPU.
     on: what it runs on.
     study: '' for that of gin.
   """
@@ -102,7 +100,6 @@ class Job:
   name: str
   stage: str
   command: tuple[str, ...]
-  topology: Topology | None
   on: Stage
   study: str = ''
 
@@ -124,7 +121,9 @@ def read(path: Path | str) -> Description:
   raw = {**raw, 'stages': {**(raw.get('stages') or {})}}
   for name, stage in raw['stages'].items():
     check_names([name], STAGES, f'{path}: stage')
-    raw['stages'][name] = made(Stage, stage or {}, f'{path}: stages: {name}')
+    stage = made(Stage, stage or {}, f'{path}: stages: {name}')
+    topology = sold(str(stage.topology)) if stage.topology else None
+    raw['stages'][name] = dataclasses.replace(stage, topology=topology)
   for key in ('gin_files', 'bindings', 'datasets'):
     raw[key] = _strings(raw.get(key) or (), f'{path}: {key}')
   studies = raw.get('studies') or {}
@@ -158,13 +157,15 @@ def made(kind: type, values: object, where: str):
     required = field.default is field.default_factory is dataclasses.MISSING
     if required and name not in values:
       raise UsageError(f'{where}: {name} must be given')
-    value = values.get(name)
-    wrong = type(value) is not field.type and field.type in (str, int, bool)
-    if name in values and wrong:
-      raise UsageError(f'{where}: {name} is {value!r}, but must be {field.type.__name__}')
-    if name in values and field.type is int and value < 1:
+  found = kind(**values)
+  try:
+    check_types(found)
+  except UsageError as error:
+    raise UsageError(f'{where}: {error}') from None
+  for name, value in values.items():
+    if fields[name].type is int and value < 1:
       raise UsageError(f'{where}: {name} is {value}, but must be 1 or more')
-  return kind(**values)
+  return found
 
 
 def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -172,9 +173,7 @@ def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
   known = list(known)
   for name in names:
     if name not in known:
-      close = difflib.get_close_matches(str(name), known, 1, 0.5)
-      hint = f'; did you mean {close[0]}?' if close else f'; known are {", ".join(known)}'
-      raise UsageError(f'{where}: {name!r} is unknown{hint}')
+      raise UsageError(f'{where}: {name!r} is unknown{nearest(str(name), known)}')
 
 
 def _strings(values: object, where: str) -> tuple[str, ...]:
@@ -217,17 +216,15 @@ def jobs(description: Description, stages: Sequence[str] = STAGES) -> list[list[
     check_names(description.datasets, run.names, f'{description.name}: datasets')
   datasets = description.datasets or run.names
   studies = [*description.studies] or ['']
-  for study in studies:
+  for study in description.studies:
     run_of(description, study)
 
   def job(stage: str, of: str = '', arguments: Sequence[str] = (), study: str = '') -> Job:
-    on = Stage() if stage == SERVE else description.stage(stage)
     return Job(
       name=name_of(stage, of),
       stage=stage,
       command=_command(description, stage, arguments, study),
-      topology=sold(on.topology) if on.topology else None,
-      on=on,
+      on=Stage() if stage == SERVE else description.stage(stage),
       study=study,
     )
 

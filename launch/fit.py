@@ -8,6 +8,7 @@ from optimer_jax.planning import topologies
 from optimer_jax.planning.plan import Plan, line, plan
 from optimer_jax.planning.stages import Case
 from optimer_jax.progress import say
+from optimer_jax.run import planned
 
 PLANNED = {'train': 'train', 'search': 'evaluate', 'evaluate': 'evaluate'}  # as a plan calls it
 
@@ -18,20 +19,16 @@ def cases(description: Description, jobs: Sequence[Job]) -> list[Case]:
   rows = max(1, run.evaluation.batch_tokens // run.length)
   found = {}
   for job in jobs:
-    if description.model and job.topology and job.stage in PLANNED:
+    if description.model and job.on.topology and job.stage in PLANNED:
       stage = PLANNED[job.stage]
-      found[stage, job.topology] = Case(
+      found[stage, job.on.topology] = Case(
         description.model,
         stage,
-        job.topology,
+        job.on.topology,
         batch=run.training.batch if stage == 'train' else rows,
-        length=run.length,
-        mesh=run.mesh,
         vectors=len({*run.vector_paths, *description.datasets}),
         pool=run.pool if run.pool != 'auto' else 'device',
-        training=run.training,
-        dtype=run.dtype,
-        remat=run.remat,
+        **planned(run),
       )
   return [*found.values()]
 

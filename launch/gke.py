@@ -10,7 +10,6 @@ Started again, it goes on where it was: what is done and unchanged is left, what
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 
@@ -25,22 +24,8 @@ from optimer_jax.progress import say
 _POLL_S = 15
 
 
-def kubectl(*arguments: str, text: str | None = None) -> str:
-  """Runs kubectl.
-
-  Raises:
-    UserError: it is not installed, or failed.
-  """
-  try:
-    done = subprocess.run(['kubectl', *arguments], input=text, text=True, capture_output=True)
-  except FileNotFoundError:
-    raise UserError(
-      'kubectl is not installed: install it, or print the manifests with --dry-run'
-    ) from None
-  if done.returncode:
-    message = ' '.join(done.stderr.split()) or f'it exited with {done.returncode}'
-    raise UserError(f'kubectl {" ".join(arguments[:2])}: {message}')
-  return done.stdout
+def apply(objects: Sequence[dict]) -> str:
+  return command.call(['kubectl', 'apply', '--filename=-'], as_yaml(objects))
 
 
 def state(found: dict | None, wanted: dict) -> str:
@@ -62,28 +47,19 @@ def state(found: dict | None, wanted: dict) -> str:
 
 def look(wanted: dict) -> str:
   """The state of an object on the cluster."""
-  meta = wanted['metadata']
-  text = kubectl(
-    'get',
-    wanted['kind'].lower(),
-    meta['name'],
-    f'--namespace={meta["namespace"]}',
-    '--ignore-not-found',
-    '--output=json',
-  )
-  return state(json.loads(text) if text.strip() else None, wanted)
+  text = _kubectl('get', wanted, '--output=json')
+  return state(json.loads(text) if text else None, wanted)
 
 
 def delete(wanted: dict) -> None:
-  meta = wanted['metadata']
-  kubectl(
-    'delete',
-    wanted['kind'].lower(),
-    meta['name'],
-    f'--namespace={meta["namespace"]}',
-    '--ignore-not-found',
-    '--wait=true',
-  )
+  _kubectl('delete', wanted, '--wait=true')
+
+
+def _kubectl(verb: str, wanted: dict, option: str) -> str:
+  """Does something to an object, if it is there."""
+  kind, meta = wanted['kind'].lower(), wanted['metadata']
+  place = f'--namespace={meta["namespace"]}'
+  return command.call(['kubectl', verb, kind, meta['name'], place, '--ignore-not-found', option])
 
 
 def run_step(
@@ -104,16 +80,21 @@ def run_step(
   wanted = {job.name: manifests(description, job)[0] for job in step if job.stage != SERVE}
   names = [only] if only else [*wanted]
   states = {name: look(wanted[name]) for name in names}
-  for server in (job for job in step if job.stage == SERVE):
-    workers = [job.name for job in step if job.stage != SERVE and job.study == server.study]
-    if any(states.get(name, 'done') != 'done' for name in workers):
-      kubectl('apply', '--filename=-', text=as_yaml(manifests(description, server)))
+  workers = {
+    server: [job.name for job in step if job.stage != SERVE and job.study == server.study]
+    for server in step
+    if server.stage == SERVE
+  }
+  for server, its in workers.items():
+    if any(states.get(name, 'done') != 'done' for name in its):
+      apply(manifests(description, server))
   for name, now in states.items():
     if now in ('failed', 'changed'):
       delete(wanted[name])
     if now in ('absent', 'failed', 'changed'):
-      kubectl('apply', '--filename=-', text=as_yaml([wanted[name]]))
-    say(f'{name}: {"submitted" if now in ("absent", "failed", "changed") else now}')
+      apply([wanted[name]])
+      now = 'submitted'
+    say(f'{name}: {now}')
   waiting = [name for name in names if states[name] != 'done']
   while waiting:
     pause()
@@ -129,9 +110,8 @@ def run_step(
         )
       waiting.remove(name)
       say(f'{name}: done')
-  for server in (job for job in step if job.stage == SERVE):
-    workers = [job for job in step if job.stage != SERVE and job.study == server.study]
-    if all(look(wanted[job.name]) == 'done' for job in workers):
+  for server, its in workers.items():
+    if all(look(wanted[name]) == 'done' for name in its):
       for each in manifests(description, server):
         delete(each)
 
@@ -146,8 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _main(options: argparse.Namespace) -> None:
   found = descriptions.read(options.description)
   if options.setup:
-    text = as_yaml(setup(found))
-    print(text if options.dry_run else kubectl('apply', '--filename=-', text=text), end='')
+    objects = setup(found)
+    print(as_yaml(objects) if options.dry_run else apply(objects))
     return
   steps = descriptions.jobs(found, options.stage or STAGES)
   if options.job:
@@ -155,10 +135,10 @@ def _main(options: argparse.Namespace) -> None:
     descriptions.check_names([options.job], meant, '--job')
     steps = [step for step in steps if options.job in [job.name for job in step]]
   asked = [job for step in steps for job in step if options.job in (None, job.name)]
-  text = as_yaml(each for job in asked for each in manifests(found, job))
+  objects = [each for job in asked for each in manifests(found, job)]
   check_fits(found, asked, options.force)
   if options.dry_run:
-    print(text, end='')
+    print(as_yaml(objects), end='')
     return
   for step in steps:
     run_step(found, step, options.job, lambda: time.sleep(_POLL_S))

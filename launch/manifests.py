@@ -19,6 +19,7 @@ from launch.description import (
   SERVE,
   Description,
   Job,
+  Stage,
   addressed,
   check_shared,
   jobs,
@@ -26,8 +27,9 @@ from launch.description import (
   made,
   name_of,
 )
+from optimer_jax.cli import STOPPED
 from optimer_jax.errors import UsageError
-from optimer_jax.planning.topologies import CHIPS_PER_HOST
+from optimer_jax.planning.topologies import CHIPS_PER_HOST, Topology
 
 # cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: the node label of each kind of chip.
 ACCELERATORS = {
@@ -36,7 +38,6 @@ ACCELERATORS = {
   'v5p': 'tpu-v5p-slice',
   'v6e': 'tpu-v6e-slice',
 }
-SAVED = 75  # the exit code of a process that was stopped and has saved its state
 DIGEST = 'optimer/digest'  # an annotation
 
 
@@ -77,8 +78,7 @@ def cluster_of(description: Description) -> Cluster:
   Raises:
     UsageError: a name or value is wrong or missing.
   """
-  where = f'{description.name}: gke'
-  cluster = made(Cluster, description.gke, where)
+  cluster = made(Cluster, description.gke, f'{description.name}: gke')
   check_shared(description, cluster.mount)
   return cluster
 
@@ -92,16 +92,16 @@ def manifests(description: Description, job: Job) -> list[dict]:
   cluster = cluster_of(description)
   if job.stage == SERVE:
     return _server(description, cluster, job)
-  found = (_jobset if job.topology else _job)(description, cluster, job)
+  found = (_jobset if job.on.topology else _job)(description, cluster, job)
   return [_digested(found)]
 
 
 def _meta(description: Description, cluster: Cluster, job: Job) -> dict:
-  return {
-    'name': object_name(description, job),
-    'namespace': cluster.namespace,
-    'labels': _labels(description, job),
-  }
+  labels = _labels(description, job)
+  if cluster.queue and job.stage != SERVE:
+    labels['kueue.x-k8s.io/queue-name'] = cluster.queue
+  name = object_name(description, job)
+  return {'name': name, 'namespace': cluster.namespace, 'labels': labels}
 
 
 def object_name(description: Description, job: Job) -> str:
@@ -122,18 +122,14 @@ def _labels(description: Description, job: Job) -> dict:
 
 
 def _jobset(description: Description, cluster: Cluster, job: Job) -> dict:
-  one = dataclasses.replace(job.topology, slices=1)
-  if job.topology.slices > 1 and one.hosts == 1:
+  one = dataclasses.replace(job.on.topology, slices=1)
+  if job.on.topology.slices > 1 and one.hosts == 1:
     raise UsageError(
-      f'{job.name}: {job.topology.name}: GKE joins slices of several hosts only, and {one.name} '
+      f'{job.name}: {job.on.topology.name}: GKE joins slices of several hosts only, and {one.name} '
       'has one'
     )
-  selector = {
-    'cloud.google.com/gke-tpu-accelerator': ACCELERATORS[one.kind],
-    'cloud.google.com/gke-tpu-topology': 'x'.join(map(str, one.sides)),
-  }
   pod = _pod(description, cluster, job, {'google.com/tpu': min(one.chips, CHIPS_PER_HOST)})
-  pod['spec']['nodeSelector'] = {**selector, **pod['spec'].get('nodeSelector', {})}
+  pod['spec']['nodeSelector'] = {**_nodes(one), **pod['spec'].get('nodeSelector', {})}
   slice_job = {
     'parallelism': one.hosts,
     'completions': one.hosts,
@@ -147,11 +143,11 @@ def _jobset(description: Description, cluster: Cluster, job: Job) -> dict:
     'action': 'RestartJobSetAndIgnoreMaxRestarts',
     'onJobFailureReasons': ['PodFailurePolicy'],
   }
-  slices = {'name': 'slice', 'replicas': job.topology.slices, 'template': {'spec': slice_job}}
+  slices = {'name': 'slice', 'replicas': job.on.topology.slices, 'template': {'spec': slice_job}}
   return {
     'apiVersion': 'jobset.x-k8s.io/v1alpha2',
     'kind': 'JobSet',
-    'metadata': _queued(_meta(description, cluster, job), cluster)
+    'metadata': _meta(description, cluster, job)
     | {
       # Each slice has a node pool, and a node pool one slice.
       'annotations': {
@@ -166,24 +162,30 @@ def _jobset(description: Description, cluster: Cluster, job: Job) -> dict:
   }
 
 
-def _job(description: Description, cluster: Cluster, job: Job) -> dict:
-  resources = {'cpu': str(job.on.cpus), 'memory': f'{job.on.memory_gib}Gi'}
+def _nodes(one: Topology) -> dict:
+  """The labels of the nodes of a slice."""
   return {
-    'apiVersion': 'batch/v1',
-    'kind': 'Job',
-    'metadata': _queued(_meta(description, cluster, job), cluster),
-    'spec': {
-      'backoffLimit': cluster.restarts,
-      'podFailurePolicy': _pod_failures('Ignore'),
-      'template': _pod(description, cluster, job, resources),
-    },
+    'cloud.google.com/gke-tpu-accelerator': ACCELERATORS[one.kind],
+    'cloud.google.com/gke-tpu-topology': 'x'.join(map(str, one.sides)),
   }
 
 
-def _queued(meta: dict, cluster: Cluster) -> dict:
-  if cluster.queue:
-    meta['labels'] = {**meta['labels'], 'kueue.x-k8s.io/queue-name': cluster.queue}
-  return meta
+def _machine(on: Stage) -> dict:
+  """What a pod without TPUs asks for."""
+  return {'cpu': str(on.cpus), 'memory': f'{on.memory_gib}Gi'}
+
+
+def _job(description: Description, cluster: Cluster, job: Job) -> dict:
+  return {
+    'apiVersion': 'batch/v1',
+    'kind': 'Job',
+    'metadata': _meta(description, cluster, job),
+    'spec': {
+      'backoffLimit': cluster.restarts,
+      'podFailurePolicy': _pod_failures('Ignore'),
+      'template': _pod(description, cluster, job, _machine(job.on)),
+    },
+  }
 
 
 def _pod_failures(action: str) -> dict:
@@ -193,7 +195,7 @@ def _pod_failures(action: str) -> dict:
       {'action': action, 'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}]},
       {
         'action': action,
-        'onExitCodes': {'containerName': 'optimer', 'operator': 'In', 'values': [SAVED]},
+        'onExitCodes': {'containerName': 'optimer', 'operator': 'In', 'values': [STOPPED]},
       },
     ]
   }
@@ -227,12 +229,9 @@ def _pod(description: Description, cluster: Cluster, job: Job, resources: dict) 
     'volumes': [{'name': 'runs', 'persistentVolumeClaim': {'claimName': cluster.volume}}],
   }
   if description.spot and job.stage != SERVE:
-    spot = {'cloud.google.com/gke-spot': 'true'}
-    spec['nodeSelector'] = spot
-    spec['tolerations'] = [
-      {'key': key, 'operator': 'Equal', 'value': value, 'effect': 'NoSchedule'}
-      for key, value in spot.items()
-    ]
+    spot, yes = 'cloud.google.com/gke-spot', 'true'
+    spec['nodeSelector'] = {spot: yes}
+    spec['tolerations'] = [{'key': spot, 'operator': 'Equal', 'value': yes, 'effect': 'NoSchedule'}]
   return {'metadata': {'labels': _labels(description, job)}, 'spec': spec}
 
 
@@ -240,8 +239,7 @@ def _server(description: Description, cluster: Cluster, job: Job) -> list[dict]:
   """A Deployment, which one pod at a time owns the database of, and who may speak to it."""
   meta = lambda: _meta(description, cluster, job)
   labels, port = _labels(description, job), {'name': 'grpc', 'port': PORT, 'targetPort': PORT}
-  resources = {'cpu': str(job.on.cpus), 'memory': f'{job.on.memory_gib}Gi'}
-  pod = _pod(description, cluster, job, resources)
+  pod = _pod(description, cluster, job, _machine(job.on))
   pod['spec'].pop('restartPolicy')
   pod['spec']['containers'][0] |= {
     'ports': [{'name': 'grpc', 'containerPort': PORT}],
@@ -337,21 +335,16 @@ def _queues(description: Description, cluster: Cluster) -> list[dict]:
   for step in jobs(description):
     now = collections.Counter()
     for job in step:
-      if job.topology:
-        now[job.topology.kind, job.topology.sides] += job.topology.chips
-    chips = {kind: max(now[kind], chips.get(kind, 0)) for kind in {**chips, **now}}
-    others = [job.on for job in step if not job.topology and job.stage != SERVE]
+      if job.on.topology:
+        now[dataclasses.replace(job.on.topology, slices=1)] += job.on.topology.chips
+    chips = {one: max(now[one], chips.get(one, 0)) for one in {**chips, **now}}
+    others = [job.on for job in step if not job.on.topology and job.stage != SERVE]
     cpus = max(cpus, sum(on.cpus for on in others))
     memory = max(memory, sum(on.memory_gib for on in others))
   flavors, tpus = [kueue('ResourceFlavor', {'name': 'optimer-cpu'}, {})], []
-  for (kind, sides), quota in chips.items():
-    shape = 'x'.join(map(str, sides))
-    name = f'optimer-{kind}-{shape}'
-    labels = {
-      'cloud.google.com/gke-tpu-accelerator': ACCELERATORS[kind],
-      'cloud.google.com/gke-tpu-topology': shape,
-    }
-    flavors.append(kueue('ResourceFlavor', {'name': name}, {'nodeLabels': labels}))
+  for one, quota in chips.items():
+    name = f'optimer-{label(one.name)}'
+    flavors.append(kueue('ResourceFlavor', {'name': name}, {'nodeLabels': _nodes(one)}))
     quotas = [{'name': 'google.com/tpu', 'nominalQuota': quota}]
     tpus.append({'name': name, 'resources': quotas})
   general = [

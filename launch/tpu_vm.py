@@ -25,7 +25,6 @@ from launch import description as descriptions
 from launch.description import SERVE, STAGES, Description, Job, addressed, check_shared, made
 from launch.fit import check_fits
 from optimer_jax.errors import UsageError, UserError
-from optimer_jax.planning.topologies import Topology
 from optimer_jax.progress import say
 
 # cloud.google.com/tpu/docs/runtimes: the software of a virtual machine for JAX.
@@ -69,13 +68,6 @@ def site_of(description: Description) -> Site:
   return site
 
 
-def accelerator_type(topology: Topology) -> str:
-  """As virtual machines call one slice; of v4 and v5p the number counts cores, two a chip."""
-  chips = dataclasses.replace(topology, slices=1).chips
-  names = {'v5e': f'v5litepod-{chips}', 'v6e': f'v6e-{chips}'}
-  return names.get(topology.kind, f'{topology.kind}-{2 * chips}')
-
-
 def _gcloud(site: Site, *arguments: str) -> list[str]:
   return ['gcloud', *arguments, f'--project={site.project}', f'--zone={site.zone}', '--quiet']
 
@@ -87,15 +79,15 @@ def resource(description: Description, job: Job) -> str:
 
 def create(description: Description, site: Site, job: Job) -> list[str]:
   """The command that asks for a job's slices."""
-  name, slices = resource(description, job), job.topology.slices
+  name, slices = resource(description, job), job.on.topology.slices
   nodes = [f'--node-id={name}']
   if slices > 1:
     nodes = [f'--node-count={slices}', f'--node-prefix={name}']
   return _gcloud(
     site,
     *('compute', 'tpus', 'queued-resources', 'create', name, *nodes),
-    f'--accelerator-type={accelerator_type(job.topology)}',
-    f'--runtime-version={RUNTIMES[job.topology.kind]}',
+    f'--accelerator-type={job.on.topology.accelerator_type}',
+    f'--runtime-version={RUNTIMES[job.on.topology.kind]}',
     *(['--spot'] if description.spot else []),
   )
 
@@ -114,10 +106,9 @@ def describe(description: Description, site: Site, job: Job) -> list[str]:
 def run(description: Description, site: Site, job: Job) -> list[str]:
   """The command that runs a job's image on all hosts of its slices, or on the helper."""
   ssh = ('compute', 'ssh', site.helper)
-  if job.topology:
-    all_hosts = ('--worker=all', '--node=all')
+  if job.on.topology:
     ssh = ('alpha', 'compute', 'tpus', 'queued-resources', 'ssh', resource(description, job))
-    ssh = (*ssh, *all_hosts)
+    ssh = (*ssh, '--worker=all', '--node=all')
   return _gcloud(site, *ssh, f'--command={remote(description, site, job)}')
 
 
@@ -130,7 +121,7 @@ def remote(description: Description, site: Site, job: Job) -> str:
   if site.hub_secret:
     secret = f'gcloud secrets versions access latest --secret={shlex.quote(site.hub_secret)}'
     token, environment = f' && export HF_TOKEN="$({secret})"', [*environment, 'HF_TOKEN']
-  if not job.topology:
+  if not job.on.topology:
     environment.append('JAX_PLATFORMS=cpu')
   name = resource(description, job)
   docker = [
@@ -153,24 +144,6 @@ def stop_server(description: Description, site: Site, job: Job) -> list[str]:
   return _gcloud(site, 'compute', 'ssh', site.helper, f'--command={stop}')
 
 
-def call(command: Sequence[str]) -> str:
-  """Runs a command and gives back what it prints.
-
-  Raises:
-    UserError: gcloud is not installed, or failed.
-  """
-  try:
-    done = subprocess.run(command, text=True, capture_output=True)
-  except FileNotFoundError:
-    raise UserError(
-      'gcloud is not installed: install it, or print the commands with --dry-run'
-    ) from None
-  if done.returncode:
-    reason = ' '.join(done.stderr.split()) or f'it exited with {done.returncode}'
-    raise UserError(f'{shlex.join(command[:5])}: {reason}')
-  return done.stdout.strip()
-
-
 def complete(description: Description, site: Site, job: Job, pause: Callable[[], None]) -> None:
   """Runs a job to its end, on as many machines, one after the other, as are taken away.
 
@@ -179,25 +152,25 @@ def complete(description: Description, site: Site, job: Job, pause: Callable[[],
   """
   failures, told = 0, ''
   while True:
-    now = call(describe(description, site, job)) if job.topology else 'ACTIVE'
+    now = command.call(describe(description, site, job)) if job.on.topology else 'ACTIVE'
     if now != told:
       say(f'{job.name}: {now.lower() or "asking for it"}')
       told = now
     if now in GONE:
-      call(delete(description, site, job))
+      command.call(delete(description, site, job))
     elif not now:
-      call(create(description, site, job))
+      command.call(create(description, site, job))
     elif now == 'ACTIVE':
       if subprocess.run(run(description, site, job)).returncode == 0:
         break
       # Not the machines' fault: they are still there.
-      failures += not job.topology or call(describe(description, site, job)) == 'ACTIVE'
+      failures += not job.on.topology or command.call(describe(description, site, job)) == 'ACTIVE'
       if failures > site.restarts:
         raise UserError(f'{job.name} failed {failures} times: see what it says above')
       say(f'{job.name}: going on from its last state')
     pause()
-  if job.topology:
-    call(delete(description, site, job))
+  if job.on.topology:
+    command.call(delete(description, site, job))
   say(f'{job.name}: done')
 
 
@@ -212,13 +185,13 @@ def run_step(
       'one study at a time has workers on TPU virtual machines: take one with studies'
     )
   for server in servers:
-    call(run(description, site, server))
+    command.call(run(description, site, server))
   try:
     with concurrent.futures.ThreadPoolExecutor(len(others)) as pool:
       ended = [pool.submit(complete, description, site, job, pause) for job in others]
   finally:
     for server in servers:
-      call(stop_server(description, site, server))
+      command.call(stop_server(description, site, server))
   for each in ended:
     each.result()
 
@@ -236,7 +209,7 @@ def _main(options: argparse.Namespace) -> None:
       run_step(found, site, step, lambda: time.sleep(_POLL_S))
     return
   for job in (job for step in steps for job in step):
-    for make in (create, run, delete) if job.topology else (run,):
+    for make in (create, run, delete) if job.on.topology else (run,):
       print(shlex.join(make(found, site, job)))
 
 

@@ -321,10 +321,10 @@ def _plan(options: argparse.Namespace, bindings: list[str]) -> None:
   settings = {}
   if options.gin_file:
     from optimer_jax import configs
+    from optimer_jax.run import planned
 
     run = configs.read_run(options.gin_file, bindings)
-    settings = {key: getattr(run, key) for key in ('length', 'mesh', 'training', 'dtype', 'remat')}
-    settings['batch'] = run.training.batch
+    settings = {**planned(run), 'batch': run.training.batch}
   elif bindings:
     raise UsageError('bindings change what a gin file says: give one with --gin_file')
   if options.mesh:

@@ -95,7 +95,7 @@ def read_run(files: Sequence[str], bindings: Sequence[str], tasks: Sequence[str]
     known = {*run.names, *(task.name for task in (*run.tasks, *run.test_tasks))}
     more = tuple(task for task in asked if task.name not in known)
     run = dataclasses.replace(run, test_tasks=(*run.test_tasks, *more))
-  _check_types(run)
+  check_types(run)
   return dataclasses.replace(run, gin=gin.operative_config_str())
 
 
@@ -131,11 +131,11 @@ def _explain(message: str, where: str) -> str:
   found = re.search(r"No configurable matching (?:reference )?'@?([^']+?)(?:\(\))?'", message)
   if found:
     name = found[1]
-    return f'no configurable is called {name!r} {where}{_nearest(name.split(".")[-1], _names())}'
+    return f'no configurable is called {name!r} {where}{nearest(name.split(".")[-1], _names())}'
   found = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", message)
   if found:
     name, parameter = found[1].split('.')[-1], found[2]
-    return f'{name} has no parameter {parameter!r} {where}{_nearest(parameter, _fields(name))}'
+    return f'{name} has no parameter {parameter!r} {where}{nearest(parameter, _fields(name))}'
   found = re.search(r"No bindings specified for '([^']+)/gin.macro'", message)
   if found:
     return f'the macro {found[1]} has no value {where}: bind it, as in {found[1]} = …'
@@ -151,15 +151,15 @@ def _explain(message: str, where: str) -> str:
   return f'{line.strip()} {where}'
 
 
-def _check_types(config) -> None:
-  """Holds every field of a dataclass, and of those in it, to its annotation."""
+def check_types(config) -> None:
+  """UsageError if a field of a dataclass, or of those in it, is not as annotated."""
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value):
-      _check_types(value)
+      check_types(value)
     elif isinstance(value, tuple):
       for item in filter(dataclasses.is_dataclass, value):
-        _check_types(item)
+        check_types(item)
     elif field.type in (int, float, str, bool):
       # Where a float is wanted an int will do, but True is no number.
       fits = (int, float) if field.type is float else field.type
@@ -182,7 +182,8 @@ def _fields(name: str) -> list[str]:
   return []
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+  """What to say of a name that is none: the nearest that is known, or all that are."""
   close = difflib.get_close_matches(name, known, 1, 0.5)
   return f'; did you mean {close[0]}?' if close else f'; known are {", ".join(sorted(known))}'
 
@@ -201,7 +202,7 @@ def _check_file(file: str) -> None:
   known = [
     str(found.relative_to(path)) for path in gin_search_paths()[1:] for found in path.rglob('*.gin')
   ]
-  raise UsageError(f'there is no gin file {file}{_nearest(file, known)}')
+  raise UsageError(f'there is no gin file {file}{nearest(file, known)}')
 
 
 def _check_macro(binding: str) -> None:
@@ -211,4 +212,4 @@ def _check_macro(binding: str) -> None:
     return
   known = re.findall(r'(?:^|%)([A-Za-z_]\w*)(?= = |$)', gin.config_str(), re.MULTILINE)
   if found[1] not in known:
-    raise UsageError(f'no macro is called {found[1]!r}{_nearest(found[1], known)}')
+    raise UsageError(f'no macro is called {found[1]!r}{nearest(found[1], known)}')

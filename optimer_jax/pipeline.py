@@ -102,8 +102,7 @@ def _import_base(run: Run) -> None:
     kept = None
     if run.trim_vocabulary:
       kept = choose_kept(Tokenizer.load(tokenizer_path), texts, run.trim_vocabulary)
-    arrays = run.arrays_of(path)
-    manifest = bases.import_base(source, path, tokenizer_path, kept, settings, arrays)
+    manifest = bases.import_base(source, path, tokenizer_path, kept, settings, run.arrays_of(path))
   for note in manifest.facts['notes']:
     say(f'base: {note}')
   _keep_gin(run)
@@ -132,10 +131,16 @@ def train_one(run: Run, name: str) -> store.Manifest:
       return {'dev_bits_per_byte': dev.score(params).value}
 
     def keep(step: int, leaves: dict) -> None:
-      parents, facts = {'base': base_manifest.fingerprint}, {'dataset': name, 'settings': settings}
       snapshot = run.path / 'snapshots' / name / str(step)
-      more = {'parents': parents, 'facts': facts, 'arrays': run.arrays_of(snapshot)}
-      store.save(snapshot, 'cpt', model.config, leaves, **more)
+      store.save(
+        snapshot,
+        'cpt',
+        model.config,
+        leaves,
+        parents={'base': base_manifest.fingerprint},
+        facts={'dataset': name, 'settings': settings},
+        arrays=run.arrays_of(snapshot),
+      )
 
     leaves, spent = train(
       run.training,
@@ -309,9 +314,15 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
       splits={leaf: contracted_axes(leaf) for leaf in pool.base},
       seed=merging.seed,
     )
-    facts['gin'] = run.gin
-    more = {'parents': {'base': base.fingerprint}, 'facts': facts, 'arrays': run.arrays_of(path)}
-    store.save(path, 'merged', base.model, rows, **more)
+    store.save(
+      path,
+      'merged',
+      base.model,
+      rows,
+      parents={'base': base.fingerprint},
+      facts={**facts, 'gin': run.gin},
+      arrays=run.arrays_of(path),
+    )
   return path
 
 

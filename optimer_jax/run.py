@@ -216,3 +216,8 @@ def best_of(run: Run) -> dict:
 def vector_fingerprints(run: Run) -> dict[str, str]:
   paths = run.vector_paths
   return {name: store.read_manifest(path, 'vector').fingerprint for name, path in paths.items()}
+
+
+def planned(run: Run) -> dict:
+  """What a plan of any stage depends on: settings of `planning.stages.Case`."""
+  return {key: getattr(run, key) for key in ('length', 'mesh', 'training', 'dtype', 'remat')}

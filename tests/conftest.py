@@ -4,6 +4,7 @@ import inspect
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -54,6 +55,20 @@ def done(all_processes):
     if not run.path.exists():
       pipeline.pipeline(run)
   return run
+
+
+@pytest.fixture
+def stand_in(tmp_path_factory, monkeypatch):
+  """Puts a Python program on the PATH, for one that is not to be had here; returns its folder."""
+
+  def put(name: str, code: str) -> Path:
+    folder = tmp_path_factory.mktemp(name)
+    (folder / name).write_text(f'#!{sys.executable}\n{code}')
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv('PATH', f'{folder}:{os.environ["PATH"]}')
+    return folder
+
+  return put
 
 
 @pytest.fixture

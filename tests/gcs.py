@@ -175,9 +175,8 @@ def served() -> Iterator[Bucket]:
     address = f'http://127.0.0.1:{server.server_port}'
     os.environ['STORAGE_EMULATOR_HOST'] = os.environ['TENSORSTORE_GCS_HTTP_URL'] = address
     os.environ['GOOGLE_AUTH_TOKEN_FOR_TESTING'] = 'nobody'
-    os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = (
-      'false'  # It asks over gRPC, which is not here.
-    )
+    # It asks over gRPC, which is not here.
+    os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'
     try:
       yield bucket
     finally:

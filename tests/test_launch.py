@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -18,7 +17,7 @@ import yaml
 from launch import description as descriptions
 from launch import fit, gke
 from launch import manifests as made
-from launch.description import STAGES, jobs, read
+from launch.description import STAGES, Stage, jobs, read
 from optimer_jax.planning.plan import Plan
 from optimer_jax.planning.topologies import known, sold
 
@@ -121,7 +120,8 @@ def test_every_slice_has_a_valid_manifest(write, refused):
   found = write('spot: true\ngke: {queue: q, hub_secret: h}\n')
   ((train, *_),) = jobs(found, ['train'])
   for one, slices in itertools.product(known(), (1, 2)):
-    job = dataclasses.replace(train, topology=dataclasses.replace(one, slices=slices))
+    on = Stage(dataclasses.replace(one, slices=slices))
+    job = dataclasses.replace(train, on=on)
     if slices > 1 and one.hosts == 1:
       refused(lambda job=job: made.manifests(found, job), 'GKE joins slices of several hosts only')
       continue
@@ -361,14 +361,13 @@ def test_what_does_not_fit_is_refused_unless_forced(write, refused, monkeypatch)
   assert fit.cases(write('stages: {train: {topology: "v5e:4x4"}}\n'), asked) == []
 
 
-KUBECTL = '''#!{python}
-"""A cluster in a folder: what is applied, and ends as the file `ends` says."""
+KUBECTL = '''"""A cluster in a folder: what is applied, and ends as the file `ends` says."""
 import json, os, pathlib, sys, yaml
 here = pathlib.Path(__file__).parent
 verb, *rest = sys.argv[1:]
 with open(here / 'calls', 'a') as calls:
   print(' '.join([verb, *rest[:2]]), file=calls)
-name = lambda kind, name: here / f'{{kind.lower()}}-{{name}}.json'
+name = lambda kind, name: here / f'{kind.lower()}-{name}.json'
 if verb == 'apply':
   for each in yaml.safe_load_all(sys.stdin):
     path = name(each['kind'], each['metadata']['name'])
@@ -381,18 +380,15 @@ elif verb == 'get' and name(*rest[:2]).exists():
   found = json.loads(name(*rest[:2]).read_text())
   ends = json.loads((here / 'ends').read_text())
   if end := ends.get(rest[1], ends.get('*')):
-    found['status'] = {{'conditions': [{{'type': end, 'status': 'True'}}]}}
+    found['status'] = {'conditions': [{'type': end, 'status': 'True'}]}
   print(json.dumps(found))
 '''
 
 
 @pytest.fixture
-def cluster(tmp_path_factory, monkeypatch):
+def cluster(stand_in):
   """kubectl's part played by a program that keeps objects as files: no cluster is at hand."""
-  folder = tmp_path_factory.mktemp('cluster')
-  (folder / 'kubectl').write_text(KUBECTL.format(python=sys.executable))
-  (folder / 'kubectl').chmod(0o755)
-  monkeypatch.setenv('PATH', f'{folder}:{os.environ["PATH"]}')
+  folder = stand_in('kubectl', KUBECTL)
 
   def ends(**how):
     (folder / 'calls').unlink(missing_ok=True)

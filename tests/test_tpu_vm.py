@@ -1,9 +1,7 @@
 """A description on TPU virtual machines; gcloud's part is played by a program: none is at hand."""
 
 import json
-import os
 import shlex
-import sys
 
 import pytest
 
@@ -25,8 +23,7 @@ tpu_vm: {zone: z, project: p, nfs: "10.0.0.2:/runs", helper: cpu, hub_secret: hu
 
 # Keeps the queued resources in a folder. What they and the commands on them do next, and in turn,
 # stands in `script`: {resource: [states …]} and {'ssh': [exit codes …]}.
-GCLOUD = """#!{python}
-import json, pathlib, sys
+GCLOUD = """import json, pathlib, sys
 here, arguments = pathlib.Path(__file__).parent, sys.argv[1:]
 with open(here / 'calls', 'a') as calls:
   print(json.dumps(arguments), file=calls)
@@ -41,15 +38,15 @@ names = ('create', 'delete', 'list', 'ssh')
 verb = next(each for each in arguments if each in names)
 name = arguments[arguments.index(verb) + 1]
 if verb == 'create':
-  (here / f'qr-{{name}}').touch()
+  (here / f'qr-{name}').touch()
 elif verb == 'delete':
-  (here / f'qr-{{name}}').unlink()
+  (here / f'qr-{name}').unlink()
 elif verb == 'list':
   name = name.removeprefix('--filter=name~/').removesuffix('$')
-  if (here / f'qr-{{name}}').exists():
+  if (here / f'qr-{name}').exists():
     print(turn(name, 'ACTIVE'))
 else:
-  sys.exit(turn(f'ssh {{name}}', 0))
+  sys.exit(turn(f'ssh {name}', 0))
 """
 
 
@@ -61,11 +58,8 @@ def found(tmp_path_factory):
 
 
 @pytest.fixture
-def cloud(tmp_path_factory, monkeypatch):
-  folder = tmp_path_factory.mktemp('cloud')
-  (folder / 'gcloud').write_text(GCLOUD.format(python=sys.executable))
-  (folder / 'gcloud').chmod(0o755)
-  monkeypatch.setenv('PATH', f'{folder}:{os.environ["PATH"]}')
+def cloud(stand_in):
+  folder = stand_in('gcloud', GCLOUD)
 
   def begin(**script):
     (folder / 'script').write_text(json.dumps(script))
@@ -87,11 +81,11 @@ def train(found, only='train-north'):
 
 def test_every_slice_has_a_type():
   for one in known():
-    kind, _, size = tpu_vm.accelerator_type(one).rpartition('-')
+    kind, _, size = one.accelerator_type.rpartition('-')
     chips = int(size) / (2 if one.kind in ('v4', 'v5p') else 1)
     assert chips == one.chips and kind in ('v4', 'v5litepod', 'v5p', 'v6e')
-  assert tpu_vm.accelerator_type(topology('2xv5e:16x16')) == 'v5litepod-256'
-  assert tpu_vm.accelerator_type(topology('v5p:4x4x4')) == 'v5p-128'
+  assert topology('2xv5e:16x16').accelerator_type == 'v5litepod-256'
+  assert topology('v5p:4x4x4').accelerator_type == 'v5p-128'
 
 
 def test_bindings_come_through_three_shells(found):

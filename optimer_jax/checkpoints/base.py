@@ -173,8 +173,16 @@ def import_base(
   }
   shapes = {name: tensor.shape for name, tensor in leaves.items()}
   rows = blocks_of(leaves)
-  more = {'facts': facts, 'add_files': add_files, 'arrays': arrays}
-  return store.save(path, 'base', config, rows, shapes=shapes, **more)
+  return store.save(
+    path,
+    'base',
+    config,
+    rows,
+    shapes=shapes,
+    facts=facts,
+    add_files=add_files,
+    arrays=arrays,
+  )
 
 
 def kept_vocabulary(base: Path | str) -> np.ndarray | None:

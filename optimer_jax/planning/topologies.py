@@ -52,6 +52,7 @@ CHIPS = {
 # The slices of the same pages, smallest first: all of v5e and v6e, and of v4 and v5p those whose
 # sides are powers of two, up to 512 chips.
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+COUNTED_BY_CORES = ('v4', 'v5p')  # in the names of virtual machines; a chip has two
 CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8')
 
 
@@ -79,6 +80,14 @@ class Topology:
   @property
   def devices(self) -> int:
     return self.chips * self.chip.devices
+
+  @property
+  def accelerator_type(self) -> str:
+    """As virtual machines call one of the slices."""
+    chips = math.prod(self.sides)
+    if self.kind in COUNTED_BY_CORES:
+      return f'{self.kind}-{2 * chips}'
+    return f'v5litepod-{chips}' if self.kind == 'v5e' else f'{self.kind}-{chips}'
 
   @property
   def hosts(self) -> int:
@@ -126,18 +135,13 @@ def sold(name: str) -> Topology:
   return topology(name)
 
 
-# As virtual machines call them; of v4 and v5p their names count cores, two a chip.
-_OTHER_NAMES = {'v5litepod': 'v5e', 'v5lite': 'v5e', 'trillium': 'v6e'}
-_CORES = ('v4', 'v5p')
-
-
 def _nearest(name: str) -> list[Topology]:
   """Two slices whose name or number of chips is near that of a name that is none."""
   kind, _, size = re.sub(r'[^a-z0-9]+', ' ', name.lower()).strip().partition(' ')
-  kind = _OTHER_NAMES.get(kind, kind)
+  kind = {'v5litepod': 'v5e'}.get(kind, kind)
   kind = next(iter(difflib.get_close_matches(kind, CHIPS, 1, 0)))
   numbers = [max(1, int(number)) for number in re.findall(r'\d+', size)] or [4]
-  chips = math.prod(numbers) / (2 if len(numbers) == 1 and kind in _CORES else 1)
+  chips = math.prod(numbers) / (2 if len(numbers) == 1 and kind in COUNTED_BY_CORES else 1)
   return sorted(known((kind,)), key=lambda t: abs(math.log(t.chips / chips)))[:2]
 
 

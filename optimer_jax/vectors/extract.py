@@ -78,9 +78,16 @@ def extract(
     facts['norm'] = squares**0.5
     facts['rounding_error'] = (errors / squares) ** 0.5 if squares else 0.0
 
-  parents = {'base': base_manifest.fingerprint, **parents}
-  more = {'shapes': shapes, 'parents': parents, 'facts': facts, 'arrays': arrays}
-  return store.save(out, 'vector', base_manifest.model, rows(), **more)
+  return store.save(
+    out,
+    'vector',
+    base_manifest.model,
+    rows(),
+    shapes=shapes,
+    parents={'base': base_manifest.fingerprint, **parents},
+    facts=facts,
+    arrays=arrays,
+  )
 
 
 def origin(model: Path | str) -> str:
