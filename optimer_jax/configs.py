@@ -20,7 +20,7 @@ from optimer_jax.search import objectives, study
 from optimer_jax.training import train
 
 CONFIGURABLE = {
-  'optimer_jax.run': (runs.Run, runs.EvalConfig),
+  'optimer_jax.run': (runs.Run, runs.Baselines, runs.EvalConfig),
   'optimer_jax.data.datasets': (
     datasets.Dataset,
     datasets.from_folder,

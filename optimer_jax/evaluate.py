@@ -28,12 +28,14 @@ from optimer_jax.files import append_jsonl, read_json, read_jsonl, write_json
 from optimer_jax.gemma3 import Gemma3Config, Model
 from optimer_jax.gemma3.placement import place_leaves
 from optimer_jax.merging.candidates import MergeConfig, candidates
+from optimer_jax.merging.weighted_sum import ALL, Groups
 from optimer_jax.parallel.processes import in_turn, once
 from optimer_jax.parallel.startup import release_memory
 from optimer_jax.progress import say
 from optimer_jax.run import (
   Run,
   best_of,
+  counted,
   engine_of,
   pool_of,
   prepare,
@@ -53,6 +55,7 @@ class _Subject:
     identity: changes whenever its parameters may.
     weights: of the run's vectors.
     merging: how the weighted vectors become a model.
+    groups: what shares its weights.
     artifact: a base, CPT model or merged model of this project.
     source: what `checkpoints.base.open_source` takes.
   """
@@ -61,6 +64,7 @@ class _Subject:
   identity: dict
   weights: Mapping[str, float] | None = None
   merging: MergeConfig | None = None
+  groups: Groups = ALL
   artifact: Path | None = None
   source: str | None = None
 
@@ -70,11 +74,11 @@ def evaluate(run: Run, models: Sequence[str] = ()) -> dict[str, dict]:
 
   Args:
     run: the run. Its base need not be imported where only `Run.base` itself is asked for.
-    models: `base`, `cpt-NAME` (base + one vector), `average`, `optimer` (the study's answer),
-      `exported` (its checkpoint); other weights, as in `ja=0.5` or `ja=0.3,zh=0.2`, unnamed ones
-      being 0; an artifact (`cpt/ja`, `merged/mine`, `snapshots/ja/100`) by its place in the run or
-      its path; else what `Run.base` takes, to begin with a Hugging Face directory. Default: those
-      of the first line.
+    models: `base`, `cpt-NAME` (base + one vector), `average`, `optimer` (the study's answer, which
+      is also called `studies/NAME`), `exported` (its checkpoint); other weights, as in `ja=0.5` or
+      `ja=0.3,zh=0.2`, unnamed ones being 0; an artifact (`cpt/ja`, `merged/mine`,
+      `snapshots/ja/100`) by its place in the run or its path; else what `Run.base` takes, to begin
+      with a Hugging Face directory. Default: those of the first lines but `studies/NAME`.
 
   Returns:
     What RUN/evaluations/NAME.json holds, by name, of the models asked for.
@@ -88,7 +92,7 @@ def evaluate(run: Run, models: Sequence[str] = ()) -> dict[str, dict]:
   engine = _engine(run, subjects)
   tasks = tasks_of(run, 'test')
   prepared = {engine.model: prepare(tasks, engine, 'test')}
-  searched = [task.name for task in tasks if task not in run.test_tasks]
+  searched = counted(run, tasks)
   read = _reader(run, engine)
   found = {}
   for subject in subjects:
@@ -183,9 +187,10 @@ def _subject(run: Run, model: str) -> _Subject:
   name = name_of(model)
   if model in points and names:
     return _merged(run, name, points[model], MergeConfig())
-  if model == 'optimer':
+  if model in ('optimer', f'studies/{run.study.name}'):
     best = best_of(run)
-    return _merged(run, name, best['weights'], run.merging.at(best.get('numbers', {})))
+    merging = run.merging.at(best.get('numbers', {}))
+    return _merged(run, name, best['weights'], merging, run.study.groups)
   if re.fullmatch(r'[\w-]+=[^/]*', model):
     return _merged(run, name, _weights(model, names), run.merging)
   place = {'base': str(run.path / 'base'), 'exported': 'export/optimer'}.get(model, model)
@@ -202,13 +207,17 @@ def _subject(run: Run, model: str) -> _Subject:
   return _Subject(name, {'source': origin(source)}, weights, source=source)
 
 
-def _merged(run: Run, name: str, weights: Mapping[str, float], merging: MergeConfig) -> _Subject:
+def _merged(
+  run: Run, name: str, weights: Mapping[str, float], merging: MergeConfig, groups: Groups = ALL
+) -> _Subject:
   identity = {
     'vectors': vector_fingerprints(run),
     'weights': dict(weights),
     'merging': dataclasses.asdict(merging),
   }
-  return _Subject(name, identity, weights, merging)
+  if groups != ALL:
+    identity['groups'] = dataclasses.asdict(groups)
+  return _Subject(name, identity, weights, merging, groups)
 
 
 def _weights(text: str, names: Sequence[str]) -> dict[str, float]:
@@ -246,10 +255,11 @@ def _reader(run: Run, engine: Engine) -> Callable[[_Subject], tuple[Model, dict]
 
   def read(subject: _Subject) -> tuple[Model, dict]:
     if subject.artifact is None and subject.source is None:
-      if pool[0] != subject.merging:
+      kind = subject.merging, subject.groups
+      if pool[0] != kind:
         pool[:] = [None, None]
         loaded = pool_of(dataclasses.replace(run, merging=subject.merging), engine)
-        pool[:] = [subject.merging, candidates(loaded, subject.merging)]
+        pool[:] = [kind, candidates(loaded, *kind)]
       return model, pool[1](subject.weights)
     pool[:] = [None, None]
     release_memory()

@@ -5,6 +5,7 @@ the same settings, is not done again; one that was interrupted goes on where it 
 """
 
 import dataclasses
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ from optimer_jax.search.loop import run_study
 from optimer_jax.search.study import Study
 from optimer_jax.search.together import led
 from optimer_jax.search.workers import work
-from optimer_jax.training.train import finish, settings_of, train
+from optimer_jax.training.train import TrainConfig, finish, settings_of, train
 from optimer_jax.vectors import lora
 from optimer_jax.vectors.extract import check_parent, extract, origin
 from optimer_jax.vectors.geometry import geometry
@@ -72,6 +73,10 @@ def pipeline(run: Run) -> None:
   merge(run)
   export(run)
   evaluate(run)
+  if run.baselines:
+    from optimer_jax.baselines import baselines  # It is made of the verbs below.
+
+    baselines(run)
   report(run)
 
 
@@ -110,25 +115,54 @@ def _import_base(run: Run) -> None:
 
 def train_one(run: Run, name: str) -> store.Manifest:
   """Trains the base on one data set into RUN/cpt/NAME."""
-  dataset = run.dataset(name)
-  path, work = run.path / 'cpt' / name, run.path / 'training' / name
+  return _train(run, run.path / 'cpt' / name, {name: 1.0}, run.training, {'dataset': name})
+
+
+def train_mixture(
+  run: Run, name: str, ratios: Mapping[str, float], training: TrainConfig, start: str | None = None
+) -> store.Manifest:
+  """Trains the base, or RUN/merged/START, on a mixture of the data sets into RUN/mixed/NAME."""
+  made = {'ratios': ', '.join(f'{key} {ratio!r}' for key, ratio in ratios.items())}
+  first = run.path / 'base'
+  if start:
+    first = run.path / 'merged' / start
+    made['start'] = store.read_manifest(first, 'merged').fingerprint
+  return _train(run, run.path / 'mixed' / name, ratios, training, made, first)
+
+
+def _train(
+  run: Run,
+  path: Path,
+  ratios: Mapping[str, float],
+  training: TrainConfig,
+  made: Mapping[str, str],
+  first: Path | None = None,
+) -> store.Manifest:
+  """Trains into `path`; `made` says of what, and `first` where the parameters begin."""
+  name, kind = path.name, path.parent.name
   base_manifest = import_base(run)
-  identity = {'base': base_manifest.fingerprint, 'dataset': name, 'length': run.length}
-  settings = {**settings_of(run.training), **identity}
+  identity = {'base': base_manifest.fingerprint, **made, 'length': run.length}
+  settings = {**settings_of(training), **identity}
   if (path / 'manifest.json').exists():
     manifest = store.read_manifest(path, 'cpt')
     _same_settings(path, manifest.facts['settings'], settings)
     return manifest
-  with stage(run, f'train/{name}') as cost:
+  work = run.path / 'training' / (name if kind == 'cpt' else f'{kind}-{name}')
+  with stage(run, f'{"train" if kind == "cpt" else kind}/{name}') as cost:
     engine = engine_of(run)
     model = engine.model
+    used = {key: run.dataset(key) for key, ratio in ratios.items() if ratio > 0}
     rows = in_turn(
-      lambda: packed_rows(dataset.train, engine.tokenizer, run.length, run.cache_path / 'rows')
+      lambda: {
+        key: packed_rows(each.train, engine.tokenizer, run.length, run.cache_path / 'rows')
+        for key, each in used.items()
+      }
     )
-    dev = in_turn(lambda: text_task(run, dataset, 'dev').prepare(engine, 'dev'))
+    digest = '+'.join(each.digest for each in rows.values())
+    dev = in_turn(lambda: [text_task(run, d, 'dev').prepare(engine, 'dev') for d in used.values()])
 
     def held_out(params: dict) -> dict[str, float]:
-      return {'dev_bits_per_byte': dev.score(params).value}
+      return {'dev_bits_per_byte': statistics.fmean(task.score(params).value for task in dev)}
 
     def keep(step: int, leaves: dict) -> None:
       snapshot = run.path / 'snapshots' / name / str(step)
@@ -138,18 +172,18 @@ def train_one(run: Run, name: str) -> store.Manifest:
         model.config,
         leaves,
         parents={'base': base_manifest.fingerprint},
-        facts={'dataset': name, 'settings': settings},
+        facts={**made, 'settings': settings},
         arrays=run.arrays_of(snapshot),
       )
 
     leaves, spent = train(
-      run.training,
+      training,
       model,
-      lambda: store.values(store.open_leaves(run.path / 'base', 'base')[1]),
-      mixture({name: rows}, {name: 1.0}, run.training.seed),
+      lambda: store.values(store.open_leaves(first or run.path / 'base')[1]),
+      mixture(rows, {key: ratios[key] for key in used}, training.seed),
       work,
       name=name,
-      identity={**identity, 'data': rows.digest},
+      identity={**identity, 'data': digest},
       mesh=run.mesh,
       evaluate=held_out,
       keep=keep,
@@ -163,11 +197,11 @@ def train_one(run: Run, name: str) -> store.Manifest:
       leaves,
       parents={'base': base_manifest.fingerprint},
       facts={
-        'dataset': name,
+        **made,
         'settings': settings,
-        'data': rows.digest,
-        'tokens': run.training.steps * run.training.batch * run.length,
-        'seed': run.training.seed,
+        'data': digest,
+        'tokens': training.steps * training.batch * run.length,
+        'seed': training.seed,
         'gin': run.gin,
       },
       add_files=lambda new: write_text(
@@ -175,13 +209,21 @@ def train_one(run: Run, name: str) -> store.Manifest:
       ),
       arrays=run.arrays_of(path),
     )
-    finish(work, run.training, run.arrays_of(work))
+    finish(work, training, run.arrays_of(work))
   return manifest
 
 
 @alone
 def extract_all(run: Run) -> None:
   """Writes RUN/vectors/NAME for each CPT model and each model of `Run.vectors`; inspects them."""
+  extract_each(run)
+  seen = run.path / 'vectors' / 'geometry.json'
+  if not seen.exists() or read_json(seen).get('vectors') != vector_fingerprints(run):
+    inspect(run)
+
+
+def extract_each(run: Run) -> None:
+  """`extract_all` without a look at them, for one process."""
   vectors, base = run.path / 'vectors', run.path / 'base'
   base_manifest = store.read_manifest(base, 'base')
   cpt = {name: run.path / 'cpt' / name for name in run.names}
@@ -198,9 +240,6 @@ def extract_all(run: Run) -> None:
       cost['flops'] = base_manifest.model.num_params
       arrays = run.arrays_of(path)
       extract(base, model, path, name, run.vector_dtype, run.cache_path, arrays)
-  seen = vectors / 'geometry.json'
-  if not seen.exists() or read_json(seen).get('vectors') != vector_fingerprints(run):
-    inspect(run)
 
 
 @alone

@@ -52,12 +52,41 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Baselines:
+  """What OptiMer is measured against, from the same base, text and number of tokens.
+
+  A mixture is trained for as many steps as all CPT runs together.
+
+  Attributes:
+    mixtures: ratios that are tried beside uniform ones, spread over the simplex.
+    methods: merges in which all vectors have one weight, tuned on development text over
+      `coefficients` and, where the method has one, `densities`.
+    coefficients, densities: the values that are tried.
+    studies: more searches of the same vectors.
+    checkpoints: a search of the vectors and of those of the checkpoints that training kept.
+    retrain: train on the weights that the run's study chose as ratios, too.
+    heal_steps: of training on after the merge, with its weights as ratios; 0: none. A uniform
+      mixture with as many steps more is trained as well.
+  """
+
+  mixtures: int = 4
+  methods: tuple[str, ...] = ('task_arithmetic', 'ties', 'dare_linear')
+  coefficients: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4)
+  densities: tuple[float, ...] = (0.3, 0.7)
+  studies: tuple[StudyConfig, ...] = ()
+  checkpoints: StudyConfig | None = None
+  retrain: bool = True
+  heal_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
   """One run directory and everything that its results depend on."""
 
   directory: str
   base: str  # what `checkpoints.base.open_source` takes
   datasets: tuple[Dataset, ...]
+  watched: tuple[Dataset, ...] = ()  # scored, not trained on: for what may be forgotten
   length: int = 1024  # tokens of a row, T
   trim_vocabulary: int = 0  # keep tokens seen this often in the training text; 0 keeps them all
   dtype: str = 'float32'  # of activations and matrix products; bfloat16 on accelerators
@@ -71,6 +100,7 @@ class Run:
   test_tasks: tuple[Task, ...] = ()  # scored on test alone
   study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
   merging: MergeConfig = dataclasses.field(default_factory=MergeConfig)
+  baselines: Baselines | None = None  # what else `pipeline` trains and tunes, to compare with
   pool: str = 'auto'  # device, scan or host: where vectors and candidates are (`vectors.room`)
   vectors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> model to extract
   vector_dtype: str = 'float32'
@@ -92,7 +122,7 @@ class Run:
     for key in ('tasks', 'test_tasks'):
       if not isinstance(getattr(self, key), tuple):
         raise UsageError(f'Run.{key} is one task: write a tuple, as in (%gsm8k,)')
-    text = self.names if self.evaluation.text else ()
+    text = [each.name for each in (*self.datasets, *self.watched) if self.evaluation.text]
     names = [*text, *(task.name for task in (*self.tasks, *self.test_tasks))]
     if twice := [name for name in names if names.count(name) > 1]:
       raise UsageError(f'two tasks are called {twice[0]!r}: give one of them another name')
@@ -196,7 +226,8 @@ def tasks_of(run: Run, split: str) -> tuple[Task, ...]:
 
   UsageError if there is nothing.
   """
-  text = [text_task(run, each, split) for each in run.datasets if run.evaluation.text]
+  scored = (*run.datasets, *run.watched) if run.evaluation.text else ()
+  text = [text_task(run, each, split) for each in scored]
   tasks = (*text, *run.tasks, *(run.test_tasks if split == 'test' else ()))
   if not tasks:
     raise UsageError('there is nothing to score: bind Run.tasks, or set EvalConfig.text = True')
@@ -206,6 +237,12 @@ def tasks_of(run: Run, split: str) -> tuple[Task, ...]:
 def prepare(tasks: tuple[Task, ...], engine: Engine, split: str) -> dict[str, Prepared]:
   """The tasks by name, read and planned for any number of candidates."""
   return in_turn(lambda: {task.name: task.prepare(engine, split) for task in tasks})
+
+
+def counted(run: Run, tasks: tuple[Task, ...]) -> list[str]:
+  """The names of the tasks that a mean is over: those that the study's objective counts."""
+  weights = run.study.objective.weights
+  return [t.name for t in tasks if t not in run.test_tasks and weights.get(t.name, 1.0) > 0]
 
 
 def best_of(run: Run) -> dict:

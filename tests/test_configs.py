@@ -25,6 +25,7 @@ BOUND = {
     ["DIRECTORY='runs/mine'", "FOLDER='tests/data/folder'"],
   ),
   'runs/paper_27b.gin': ([], ["FOLDER='tests/data/paper'"]),
+  'runs/study_270m.gin': ([], ["FOLDER='tests/data/paper'"]),
 }
 
 
@@ -37,7 +38,8 @@ def read(file, bindings=()):
 def folder(tmp_path, monkeypatch):
   """Folders with data sets, for the runs that read one."""
   monkeypatch.chdir(tmp_path)
-  for name in ('folder/en', 'folder/fr', 'paper/ja', 'paper/zh', 'paper/math', 'paper/code'):
+  names = ('folder/en', 'folder/fr', *(f'paper/{n}' for n in ('ja', 'zh', 'math', 'code', 'en')))
+  for name in names:
     place = tmp_path / 'tests' / 'data' / name
     place.mkdir(parents=True)
     for split in ('train', 'valid'):

@@ -27,18 +27,23 @@ class Dataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class Half:
-  """Every other document of a source, chosen by a hash of its text: 0 and 1 share none."""
+class Part:
+  """Some of a source's documents, chosen by a hash of their text: two parts share none.
+
+  Attributes:
+    taken: which of `of` equal parts.
+  """
 
   source: Source
-  half: int
+  taken: tuple[int, ...]
+  of: int
 
   def __str__(self) -> str:
-    return f'{self.source} (half {self.half})'
+    return f'{self.source} (parts {", ".join(map(str, self.taken))} of {self.of})'
 
   def documents(self) -> Iterator[Document]:
     for document in self.source.documents():
-      if zlib.crc32(document.text.encode()) % 2 == self.half:
+      if zlib.crc32(document.text.encode()) % self.of in self.taken:
         yield document
 
 
@@ -48,35 +53,46 @@ def from_recipe(name: str, cache: str | None = None) -> Dataset:
 
 
 def from_folder(path: str, names: tuple[str, ...] | None = None) -> tuple[Dataset, ...]:
-  """One data set for each subfolder that holds train.jsonl and dev.jsonl (or valid.jsonl).
+  """One data set for each file NAME.jsonl, or subfolder NAME with train.jsonl and dev.jsonl.
+
+  Of a file alone, a tenth of the documents is held out as dev and a tenth as test. A subfolder may
+  call its dev.jsonl valid.jsonl; without a test.jsonl, half of those documents are the test.
 
   Args:
     path: the folder.
-    names: the subfolders to take, in this order; default: all, by name.
+    names: those to take, in this order; default: all, by name.
 
   Raises:
     UserError: the folder, or a file of one of its data sets, is missing.
   """
   root = Path(path)
   if names is None:
-    names = tuple(sorted(p.parent.name for p in root.glob('*/train.jsonl')))
-  if not names:
-    raise UserError(f'{path} has no subfolder with a train.jsonl: give the folder of the data sets')
-  found = []
-  for name in names:
-    files = {file.stem: str(file) for file in (root / name).glob('*.jsonl')}
-    dev = files.get('dev', files.get('valid'))
-    if 'train' not in files or dev is None:
-      raise UserError(f'{root / name} needs train.jsonl and dev.jsonl (or valid.jsonl)')
-    found.append(from_jsonl(name, files['train'], dev, files.get('test')))
-  return tuple(found)
+    folders = (file.parent.name for file in root.glob('*/train.jsonl'))
+    names = tuple(sorted({*folders, *(file.stem for file in root.glob('*.jsonl'))}))
+    if not names:
+      raise UserError(
+        f'{path} has no NAME.jsonl and no NAME/train.jsonl: give the folder of the data sets'
+      )
+  return tuple(_from_place(root / name) for name in names)
+
+
+def _from_place(place: Path) -> Dataset:
+  if (file := place.with_name(f'{place.name}.jsonl')).is_file():
+    text = Jsonl(str(file))
+    parts = ((*range(2, 10),), (0,), (1,))
+    return Dataset(place.name, *(Part(text, taken, 10) for taken in parts))
+  files = {file.stem: str(file) for file in place.glob('*.jsonl')}
+  dev = files.get('dev', files.get('valid'))
+  if 'train' not in files or dev is None:
+    raise UserError(f'{place} needs train.jsonl and dev.jsonl (or valid.jsonl)')
+  return from_jsonl(place.name, files['train'], dev, files.get('test'))
 
 
 def from_jsonl(name: str, train: str, dev: str, test: str | None = None) -> Dataset:
   """JSONL files; without a test file, half of the dev file's documents are held out as test."""
   if test is not None:
     return Dataset(name, Jsonl(train), Jsonl(dev), Jsonl(test))
-  return Dataset(name, Jsonl(train), Half(Jsonl(dev), 0), Half(Jsonl(dev), 1))
+  return Dataset(name, Jsonl(train), *(Part(Jsonl(dev), (half,), 2) for half in (0, 1)))
 
 
 def synthetic(name: str, seed: int = 0) -> Dataset:

@@ -355,8 +355,15 @@ def core(run: Run) -> list[str]:
   sets = [set(each['scores']) for each in central or run.evaluations.values()]
   shared = set.intersection(*sets) if sets else set()
   study = answer(run) or next(iter(run.studies), None)
-  searched = {task for trial in study.trials for task in trial['scores']} if study else set()
+  trials = study.trials if study else []
+  searched = {task for row in trials for task in row['scores'] if _counts(row, task)}
   return sorted(shared & searched or shared)
+
+
+def _counts(trial: dict, task: str) -> bool:
+  """Whether the task has a weight in the objective of the trial's study."""
+  weights = (trial.get('search') or {}).get('objective weights')
+  return not isinstance(weights, dict) or weights.get(task) != 0
 
 
 def losses(scores: Mapping[str, dict], tasks: Collection[str]) -> dict[str, Measured]:

@@ -58,8 +58,9 @@ def test_xmanager_runs_the_tiny_pipeline_and_fails_with_a_unit(tmp_path):
   assert done.returncode != 0 and not run.exists()
 
   # A unit that fails ends the experiment, and the next stage is not begun.
-  (run / 'cpt').mkdir(parents=True)
-  (run / 'cpt' / 'east').write_text('in the way')
+  begun = run / 'training' / 'east' / 'run.json'
+  begun.parent.mkdir(parents=True)
+  begun.write_text('{"dataset": "another"}')
   path.write_text(text)
   done = xmanager(tmp_path, '--description=tiny.yaml', '--at_once=2', '--stage=import')
   assert done.returncode == 0, done.stderr[-2000:]
@@ -68,7 +69,7 @@ def test_xmanager_runs_the_tiny_pipeline_and_fails_with_a_unit(tmp_path):
   assert 'xm_launch: a work unit failed' in done.stderr
   assert not (run / 'vectors').exists()
 
-  (run / 'cpt' / 'east').unlink()
+  begun.unlink()
   done = xmanager(tmp_path, '--description=tiny.yaml', '--at_once=2')
   assert done.returncode == 0, done.stderr[-2000:]
   assert sorted(each.name for each in (run / 'cpt').iterdir()) == ['east', 'north', 'south', 'west']

@@ -1,0 +1,413 @@
+"""The paper's claims, tested by what runs/study_270m.gin left.
+
+    python -m benchmarks.study [--keep RUN …] [--write]
+
+Reads benchmarks/results/study: run directories without their weights, as --keep copies them there
+from RUN (a directory that `optimer pipeline --gin_file=runs/study_270m.gin` filled). Prints the
+tables of RESULTS.md and, as the last line, one JSON object of the main comparison: the setting with
+most seeds. --write puts the tables into RESULTS.md, between their markers.
+
+A difference is of mean losses on test text, paired by example, over the tasks that count; where a
+setting has several seeds, their mean, and the standard error of that mean from the differences of
+the seeds or, if it is larger, from the examples (which the seeds share).
+"""
+
+import argparse
+import dataclasses
+import math
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import print_found
+from optimer_jax.errors import UserError
+from optimer_jax.files import read_json, read_jsonl, write_json, write_text
+from optimer_jax.gemma3 import SIZES
+
+KEPT = Path(__file__).parent / 'results' / 'study'
+RESULTS = Path(__file__).parents[1] / 'RESULTS.md'
+FILES = (
+  *('baselines.json', 'costs.jsonl', 'operative.gin', 'cpt/*/metrics.jsonl', 'evaluations/*.json'),
+  *('evaluations/*.jsonl', 'studies/*/trials.jsonl', 'studies/*/best.json', 'tuned/*.jsonl'),
+  *('vectors/geometry.json', 'vectors/trajectory.json'),
+)
+NAMES = {
+  'base': 'base',
+  'best-single': 'best single CPT model',
+  'average': 'average of the vectors',
+  'merged-task_arithmetic': 'task arithmetic, tuned',
+  'merged-ties': 'TIES, tuned',
+  'merged-dare_linear': 'DARE-linear, tuned',
+  'optimer': 'OptiMer, Vizier',
+  'studies-composite': 'OptiMer, composite',
+  'studies-gradient': 'OptiMer, gradients',
+  'studies-tpe': 'OptiMer, TPE',
+  'studies-blocks': 'OptiMer, weights for 4 blocks',
+  'studies-modules': 'OptiMer, weights for module types',
+  'studies-checkpoints': 'OptiMer, checkpoints in the pool',
+  'mixed-healed': 'OptiMer, trained on with its ratios',
+  'mixed-uniform': 'mixture, uniform',
+  'mix-best': 'mixture, best of the grid',
+  'mixed-searched': 'mixture, the searched ratios',
+  'mixed-uniform-longer': 'mixture, uniform, longer',
+}
+CONFIGURATIONS = 16  # that a mixture is tuned over, where costs are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """What one run left."""
+
+  path: Path
+
+  @property
+  def training(self) -> dict:
+    return read_json(self.path / 'training.json')
+
+  @property
+  def rows(self) -> dict[str, dict]:
+    return {row['model']: row for row in read_json(self.path / 'baselines.json')}
+
+  @property
+  def domains(self) -> list[str]:
+    return [*self.best('vizier')['weights']]
+
+  def best(self, study: str) -> dict:
+    return read_json(self.path / 'studies' / study / 'best.json')
+
+  def trials(self, study: str) -> list[dict]:
+    return read_jsonl(self.path / 'studies' / study / 'trials.jsonl')
+
+  def alias(self, name: str) -> str:
+    """What is chosen among several: a mixture by its loss on development text; a model by test."""
+    if name == 'mix-best':
+      grid = [n for n in self.rows if re.fullmatch(r'mixed-(uniform|ratios-\d+)', n)]
+      return min(grid, key=lambda n: self.rows[n]['dev'])
+    if name == 'best-single':
+      names = [path.stem for path in (self.path / 'evaluations').glob('cpt-*.json')]
+      return min(names, key=lambda n: self.evaluation(n)['mean'])
+    return name
+
+  def evaluation(self, name: str) -> dict | None:
+    path = self.path / 'evaluations' / f'{self.alias(name)}.json'
+    return read_json(path) if path.exists() else None
+
+  def bits(self, name: str, task: str) -> float:
+    """Per byte of a task's test text."""
+    return self.evaluation(name)['scores'][task]['value']
+
+  def difference(self, a: str, b: str) -> dict | None:
+    """The paired difference a - b."""
+    a, b = self.alias(a), self.alias(b)
+    for row in read_json(self.path / 'evaluations' / 'comparisons.json'):
+      for one, other, sign in ((a, b, 1), (b, a, -1)):
+        if (row['a'], row['b']) == (one, other):
+          return {'difference': sign * row['difference'], 'stderr': row['stderr']}
+    return None
+
+  def costs(self, pattern: str, key: str) -> list[float]:
+    """Of each stage whose name matches: what its attempts cost together."""
+    found = {}
+    for row in read_jsonl(self.path / 'costs.jsonl'):
+      if re.fullmatch(pattern, row['stage']):
+        found[row['stage']] = found.get(row['stage'], 0.0) + row.get(key, 0.0)
+    return [*found.values()]
+
+  @property
+  def cosines(self) -> list[float]:
+    """Of each pair of vectors."""
+    matrix = read_json(self.path / 'vectors' / 'geometry.json')['cosine']
+    return [value for i, row in enumerate(matrix) for value in row[:i]]
+
+  @property
+  def ways(self) -> list[dict]:
+    """How straight each training run was."""
+    path = self.path / 'vectors' / 'trajectory.json'
+    return [*read_json(path).values()] if path.exists() else []
+
+
+Runs = Sequence[Kept]  # of one setting, with a seed each
+
+
+def keep(run: Path) -> None:
+  """Copies what is small in a run directory; evaluations without the scores of examples."""
+  if not (run / 'baselines.json').exists():
+    raise UserError(f'{run} has no baselines.json: finish its pipeline first')
+  target = KEPT / run.name
+  for pattern in FILES:
+    for file in sorted(run.glob(pattern)):
+      place = target / file.relative_to(run)
+      place.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(file, place)
+  for file in (target / 'evaluations').glob('*.json'):
+    value = read_json(file)
+    if isinstance(value, dict):
+      write_json(file, {key: kept for key, kept in value.items() if key != 'per_example'})
+  manifest = next((run / 'cpt').glob('*/manifest.json'))
+  write_json(target / 'training.json', read_json(manifest)['facts']['settings'])
+
+
+def settings(runs: Iterable[Kept]) -> dict[str, Runs]:
+  """The runs of each setting, by what tells it from others; the shortest training first."""
+  found = {}
+  for run in runs:
+    found.setdefault((run.training['steps'], run.training['learning_rate']), []).append(run)
+  return {_named(*key, group): group for key, group in sorted(found.items())}
+
+
+def _named(steps: int, rate: float, runs: Runs) -> str:
+  tokens = steps * runs[0].training['batch'] * runs[0].training['length']
+  return f'{tokens / 1000:.0f}k tokens, lr {rate:g}, {len(runs)} seed{"s" * (len(runs) > 1)}'
+
+
+def together(differences: Sequence[dict]) -> tuple[float, float]:
+  """The mean difference of seeds, and its standard error."""
+  values = [each['difference'] for each in differences]
+  of_examples = max(each['stderr'] for each in differences)
+  of_seeds = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+  return statistics.fmean(values), max(of_examples, of_seeds)
+
+
+def mean(runs: Runs, name: str) -> float | None:
+  """The mean test loss of a model over the seeds; None if one lacks it."""
+  found = [run.evaluation(name) for run in runs]
+  return None if None in found else statistics.fmean(each['mean'] for each in found)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """Markdown."""
+  line = lambda cells: f'| {" | ".join(cells)} |'
+  return '\n'.join([line(head), line(['---', *['---:'] * (len(head) - 1)]), *map(line, rows)])
+
+
+def signed(pairs: Sequence[dict | None]) -> str:
+  """Nothing where a difference is not known."""
+  return '' if None in pairs else '{:+.4f} ± {:.4f}'.format(*together(pairs))
+
+
+def scores_table(groups: dict[str, Runs]) -> str:
+  """Test losses of every model, and how far OptiMer is ahead: below 0, it is."""
+  rows = []
+  for name, label in NAMES.items():
+    cells = [label]
+    for runs in groups.values():
+      score = mean(runs, name)
+      cells.append('–' if score is None else f'{score:.4f}')
+      cells.append(signed([run.difference('optimer', name) for run in runs]))
+    rows.append(cells)
+  heads = [head for name in groups for head in (name, 'OptiMer minus it')]
+  return table(['mean bits per byte on test text', *heads], rows)
+
+
+def costs_table(groups: dict[str, Runs]) -> str:
+  """What a configuration costs, searched and trained."""
+  rows = []
+  for name, runs in groups.items():
+    for key, form in (('flops', '.3g'), ('seconds', '.1f')):
+      found = cost_ratio(runs, key)
+      costs = (f'{found[each]:{form}}' for each in ('training', 'trial', 'mixture'))
+      kinds = ('per_configuration', 'excluding_training', 'including_training')
+      rows.append([f'{name}: {key}', *costs, *(f'{found[kind]:.1f}' for kind in kinds)])
+  head = [
+    *('', 'the K CPT runs', 'a trial of the search', 'a mixture, trained and scored'),
+    *('mixture / trial', f'{CONFIGURATIONS} of each', 'with the CPT runs'),
+  ]
+  return table(head, rows)
+
+
+def cost_ratio(runs: Runs, key: str) -> dict[str, float]:
+  """Of tuning a mixture over CONFIGURATIONS to a search over as many, in seconds or FLOPs."""
+  average = lambda pattern: statistics.fmean(
+    sum(run.costs(pattern, key)) / len(run.costs(pattern, key)) for run in runs
+  )
+  asked = len(runs[0].trials('vizier'))
+  training = len(runs[0].domains) * average('train/.*')
+  trial = average('search/vizier') / asked
+  mixture = average(r'mixed/(uniform|ratios-\d+)') + trial
+  tuning, search = CONFIGURATIONS * mixture, CONFIGURATIONS * trial
+  return {
+    'training': training,
+    'trial': trial,
+    'mixture': mixture,
+    'per_configuration': mixture / trial,
+    'excluding_training': tuning / search,
+    'including_training': tuning / (search + training),
+  }
+
+
+def projected() -> dict[str, float]:
+  """The same at 27B and 1B tokens for each of 4 data sets, from FLOPs alone.
+
+  A trial scores 128 rows of 2,048 tokens of 5 tasks; a step of training costs three times a token's
+  forward pass.
+  """
+  k, tokens, scored = 4, 1e9, 5 * 128 * 2048
+  training, trial = 3 * k * tokens, scored
+  tuning, search = CONFIGURATIONS * (training + trial), CONFIGURATIONS * trial
+  return {
+    'flops_of_training': training * SIZES['27b'].flops_per_token(2048),
+    'excluding_training': tuning / search,
+    'including_training': tuning / (search + training),
+  }
+
+
+def weights_table(groups: dict[str, Runs]) -> str:
+  """The searched weights, beside the ratios that they are read as."""
+  rows = [
+    [
+      f'{name.rpartition(", ")[0]}, seed {run.training["seed"]}',
+      *(f'{w:.3f} ({best["ratios"][each]:.0%})' for each, w in best['weights'].items()),
+    ]
+    for name, runs in groups.items()
+    for run in runs
+    for best in [run.best('vizier')]
+  ]
+  return table(['', *next(iter(groups.values()))[0].domains], rows)
+
+
+def again_table(groups: dict[str, Runs]) -> str:
+  """Other objectives on the same vectors: the first answer, and that of a few trials more."""
+  rows = []
+  for name, runs in groups.items():
+    for study, what in (('worst', 'worst domain / base'), ('limited', 'mean, English no worse')):
+      if any(run.evaluation(f'studies-{study}') is None for run in runs):
+        continue
+      values = []
+      for model in ('optimer', f'studies-{study}'):
+        each = [_objective(run, study, model) for run in runs]
+        values.append(f'{statistics.fmean(each):.4f}')
+      asked = f'{runs[0].best(study)["evaluations"]} after {runs[0].best("vizier")["evaluations"]}'
+      rows.append([f'{name}: {what}', *values, asked])
+  return table(['objective on test text', 'the first answer', 'searched again', 'trials'], rows)
+
+
+def _objective(run: Kept, study: str, model: str) -> float:
+  if study == 'worst':
+    return max(run.bits(model, task) / run.bits('base', task) for task in run.domains)
+  return run.evaluation(model)['mean']
+
+
+def watched_table(groups: dict[str, Runs]) -> str:
+  """What is scored and not trained on."""
+  names = {name: NAMES[name] for name in ('base', 'average', 'optimer')}
+  names['studies-limited'] = 'OptiMer, English no worse'
+  names |= {name: NAMES[name] for name in ('mixed-uniform', 'mix-best', 'mixed-healed')}
+  rows = []
+  for group, runs in groups.items():
+    for task in sorted({*runs[0].evaluation('base')['scores']} - {*runs[0].domains}):
+      cells = [f'{group}: {task}']
+      for name in names:
+        known = [run.bits(name, task) for run in runs if run.evaluation(name)]
+        cells.append(f'{statistics.fmean(known):.4f}' if known else '–')
+      rows.append(cells)
+  return table(['bits per byte', *names.values()], rows)
+
+
+def geometry_table(groups: dict[str, Runs]) -> str:
+  """How the vectors lie to one another, and how straight training went."""
+  rows = []
+  for name, runs in groups.items():
+    cosines = [cosine for run in runs for cosine in run.cosines]
+    ways = [way for run in runs for way in run.ways]
+    half = [
+      weight
+      for way in ways
+      for step, weight in zip(way['steps'], way['projection'], strict=True)
+      if step == way['steps'][-1] // 2
+    ]
+    values = [max(cosines, key=abs), statistics.fmean(cosines)]
+    values += [statistics.fmean(way['straightness'] for way in ways)] if ways else [math.nan]
+    values += [statistics.fmean(half)] if half else [math.nan]
+    rows.append([name, *(f'{value:.3f}' for value in values)])
+  return table(
+    ['', 'largest cosine', 'mean', 'straightness of training', 'w that acts like half of it'], rows
+  )
+
+
+def gap_table(groups: dict[str, Runs]) -> str:
+  """What is left on test text of the gain on development text."""
+  rows = []
+  for name, runs in groups.items():
+    dev = statistics.fmean(_dev_of_base(run) - run.rows['optimer']['dev'] for run in runs)
+    test = mean(runs, 'base') - mean(runs, 'optimer')
+    rows.append([name, f'{dev:.4f}', f'{test:.4f}', f'{test / dev:.0%}'])
+  return table(['gain over the base', 'development', 'test', 'left'], rows)
+
+
+def _dev_of_base(run: Kept) -> float:
+  first = next(row for row in run.trials('vizier') if not any(row['weights'].values()))
+  return statistics.fmean(first['scores'][task]['value'] for task in run.domains)
+
+
+TABLES: dict[str, Callable[[dict[str, Runs]], str]] = {
+  'scores': scores_table,
+  'costs': costs_table,
+  'weights': weights_table,
+  'again': again_table,
+  'watched': watched_table,
+  'geometry': geometry_table,
+  'gap': gap_table,
+}
+
+
+def tables() -> tuple[dict[str, Runs], dict[str, str]]:
+  """The kept runs by setting, and the tables by name."""
+  runs = [Kept(path.parent) for path in sorted(KEPT.glob('*/baselines.json'))]
+  if not runs:
+    raise UserError(f'{KEPT} holds no run: give one with --keep RUN')
+  groups = settings(runs)
+  return groups, {name: make(groups) for name, make in TABLES.items()}
+
+
+def filled(text: str, made: dict[str, str]) -> str:
+  """The text with the tables between their markers `<!-- NAME -->` and `<!-- end -->`."""
+  for name, each in made.items():
+    begin, end = f'<!-- {name} -->\n', '<!-- end -->'
+    before, found, after = text.partition(begin)
+    if found:
+      text = f'{before}{begin}{each}\n{end}{after.partition(end)[2]}'
+  return text
+
+
+def measure(options: argparse.Namespace) -> dict:
+  """Prints the tables, and returns the last line."""
+  for run in options.keep:
+    keep(run)
+  groups, made = tables()
+  for name, text in made.items():
+    print(f'{name}\n\n{text}\n')
+  if options.write:
+    write_text(RESULTS, filled(RESULTS.read_text(encoding='utf-8'), made))
+  most = max(groups.values(), key=len)
+  ratio = cost_ratio(most, 'flops')
+  names = {
+    'base': 'base',
+    'mix_uniform': 'mixed-uniform',
+    'mix_best': 'mix-best',
+    'average': 'average',
+    'optimer_vizier': 'optimer',
+    'optimer_gradient': 'studies-gradient',
+    'retrain_ratios': 'mixed-searched',
+  }
+  return {
+    'bpb_mean': {key: mean(most, name) for key, name in names.items()},
+    'search_cost_ratio': {key: ratio[key] for key in ('excluding_training', 'including_training')},
+    'projected_27b': projected(),
+    'cosine_max': max((cosine for run in most for cosine in run.cosines), key=abs),
+  }
+
+
+def main(arguments: list[str]) -> int:
+  """Prints the tables and the JSON object; returns the exit status."""
+  parser = argparse.ArgumentParser(prog='python -m benchmarks.study')
+  parser.add_argument('--keep', type=Path, action='append', default=[], metavar='RUN')
+  parser.add_argument('--write', action='store_true', help='put the tables into RESULTS.md')
+  options = parser.parse_args(arguments)
+  return print_found(lambda: measure(options))
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
