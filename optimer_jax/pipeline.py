@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
+
 from optimer_jax.checkpoints import base as bases
 from optimer_jax.checkpoints import store
 from optimer_jax.checkpoints.names import contracted_axes
@@ -22,6 +24,7 @@ from optimer_jax.files import read_json, write_json, write_text
 from optimer_jax.merging.streamed import difference, merge_streamed
 from optimer_jax.merging.weighted_sum import ALL
 from optimer_jax.parallel.processes import alone, in_turn
+from optimer_jax.parallel.startup import on_host
 from optimer_jax.progress import say
 from optimer_jax.report.page import write_report
 from optimer_jax.report.style import png
@@ -301,9 +304,14 @@ def search(run: Run, worker: str = '', server: str | None = None) -> dict:
     others = [path for path in studies.glob('*/trials.jsonl') if path.parent.name != config.name]
 
     def lead(evaluate: Callable) -> dict:
-      if worker:
-        return work(studies / config.name, study, evaluate, others, worker, server)
-      return run_study(studies / config.name, study, evaluate, others)
+      def where_models_are(*args, **kwargs) -> dict:
+        with jax.default_device(None):
+          return evaluate(*args, **kwargs)
+
+      with on_host():
+        if worker:
+          return work(studies / config.name, study, where_models_are, others, worker, server)
+        return run_study(studies / config.name, study, where_models_are, others)
 
     return led(lead, evaluate)
 

@@ -210,6 +210,14 @@ def quiet_libtpu(attached: bool = False) -> None:
     os.environ.setdefault(key, value)
 
 
+def on_host() -> contextlib.AbstractContextManager:
+  """Inside, JAX computes on the CPU: small programs in sequence are slow on an accelerator."""
+  try:
+    return jax.default_device(jax.local_devices(backend='cpu')[0])
+  except RuntimeError:  # JAX_PLATFORMS leaves it out.
+    return contextlib.nullcontext()
+
+
 def release_memory() -> None:
   """Gives freed memory back to the system.
 
