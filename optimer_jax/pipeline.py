@@ -92,16 +92,17 @@ def import_base(run: Run) -> store.Manifest:
 @alone
 def _import_base(run: Run) -> None:
   path = run.path / 'base'
+  read = (*run.datasets, *run.watched)
   settings = {'source': run.base, 'trim_vocabulary': run.trim_vocabulary}
   if run.trim_vocabulary:
-    settings['vocabulary_of'] = list(run.names)
+    settings['vocabulary_of'] = [dataset.name for dataset in read]
   if (path / 'manifest.json').exists():
     _same_settings(path, store.read_manifest(path, 'base').facts['settings'], settings)
     return
   with stage(run, 'import'), tempfile.TemporaryDirectory() as tokenizer_path:
     source = bases.open_source(run.base, run.cache_path)
     tokenizer_path = Path(tokenizer_path)
-    texts = [dataset.train for dataset in run.datasets]
+    texts = [dataset.train for dataset in read]
     if source.write_tokenizer:
       source.write_tokenizer(tokenizer_path)
     else:
