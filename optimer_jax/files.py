@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -31,8 +32,9 @@ def atomic_directory(
 ) -> Iterator[Path]:
   """Yields an empty directory beside `path` that takes its place when the block ends well.
 
-  What an earlier, killed writer left is removed first. The old directory, if any, stays readable
-  until the new one is complete. `forget` is called with each directory before it is removed.
+  Of several writers at once, the last to end has its directory there. What an earlier, killed
+  writer left is removed first. The old directory, if any, stays readable until the new one is
+  complete. `forget` is called with each directory before it is removed.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,23 +45,58 @@ def atomic_directory(
       shutil.rmtree(directory, ignore_errors=True)
 
   for left in path.parent.glob(f'.{path.name}.tmp-*'):
-    remove(left)
-  new = path.parent / f'.{path.name}.tmp-{uuid.uuid4().hex[:8]}'
-  new.mkdir()
+    with _hold(left) as alone:
+      if alone:
+        remove(left)
+  name = uuid.uuid4().hex[:8]
+  new, born = path.parent / f'.{path.name}.tmp-{name}', path.parent / f'.{name}'
+  born.mkdir()
+  with _hold(born):  # before it has the name by which others take it for left over
+    born.rename(new)
+    try:
+      with no_room(path):
+        yield new
+        sync_directory(new)
+      for old in _take_place(new, path):
+        remove(old)
+      _sync(path.parent)
+    finally:
+      remove(new)
+
+
+@contextlib.contextmanager
+def _hold(directory: Path) -> Iterator[bool]:
+  """Whether no other process holds the directory; ours does until the block ends or it dies."""
   try:
-    with no_room(path):
-      yield new
-      sync_directory(new)
-    if path.exists():
-      old = path.parent / f'.{path.name}.tmp-old-{uuid.uuid4().hex[:8]}'
-      path.rename(old)
-      new.rename(path)
-      remove(old)
-    else:
-      new.rename(path)
-    _sync(path.parent)
+    handle = os.open(directory, os.O_RDONLY)
+  except FileNotFoundError:
+    yield False
+    return
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    alone = True
+  except OSError:  # Another does, or it is a file system without locks.
+    alone = False
+  try:
+    yield alone
   finally:
-    remove(new)
+    os.close(handle)
+
+
+def _take_place(new: Path, path: Path) -> list[Path]:
+  """Renames `new` to `path`; returns what stood there, by its new name."""
+  moved = []
+  while True:
+    try:
+      new.rename(path)
+      return moved
+    except OSError as error:
+      if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        raise
+    old = path.parent / f'.{path.name}.tmp-old-{uuid.uuid4().hex[:8]}'
+    with contextlib.suppress(FileNotFoundError):  # Another writer was faster.
+      path.rename(old)
+      moved.append(old)
 
 
 def sync_directory(path: Path) -> None:

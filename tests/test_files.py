@@ -56,6 +56,24 @@ with atomic_directory(Path({str(tmp_path / 'x')!r})) as new:
   assert [p.name for p in tmp_path.iterdir()] == ['x']
 
 
+def test_several_writers_do_not_take_one_another_for_dead(tmp_path):
+  code = f"""
+from pathlib import Path
+import sys, time
+from optimer_jax.files import atomic_directory
+for _ in range(40):
+  with atomic_directory(Path({str(tmp_path / 'x')!r})) as new:
+    for name in 'abc':
+      time.sleep(0.001)
+      (new / name).write_text(sys.argv[1])
+"""
+  writers = [subprocess.Popen([sys.executable, '-c', code, str(n)]) for n in range(4)]
+  assert [writer.wait() for writer in writers] == [0] * 4
+  assert [p.name for p in tmp_path.iterdir()] == ['x']
+  (text,) = {(tmp_path / 'x' / name).read_text() for name in 'abc'}  # all three of one writer
+  assert text in '0123'
+
+
 def test_a_full_disk_is_one_sentence(tmp_path):
   sentence = r'no room on the disk for .*place: free some space'
   with pytest.raises(UserError, match=sentence), no_room(tmp_path / 'place'):
