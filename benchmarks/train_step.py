@@ -7,7 +7,8 @@ random tokens, the same loss over the same targets, clipping, AdamW and learning
 threads, huge pages. Ours is `compiled_step` as training runs it, its state donated; KIND is what
 layers keep for their gradients, `Model.remat`. The peer is `Gemma3ForCausalLM` with torch's fused
 AdamW, and sdpa or eager attention, with or without gradient checkpointing: whichever was fastest in
-a trial. B x T are the quickstart's 4 x 256 unless given: what two cores train on at a time.
+a trial; `peers_gb` has the memory of all four. B x T are the quickstart's 4 x 256 unless given: what
+two cores train on at a time.
 
 Each side is a process, so that its peak memory is its own, and they take steps in turns: one waits
 while the other computes. Rates are B x T over the median seconds of a step; the first, in which
@@ -164,21 +165,22 @@ def step(process: subprocess.Popen, log: Path) -> dict[str, float]:
   return json.loads(line) | {'peak_gb': peak}
 
 
-def fastest(peer: list[str], log: Path) -> tuple[str, ...]:
-  """The way in which the peer's step takes least time."""
-  seconds = {}
+def tried(peer: list[str], log: Path) -> dict[tuple[str, ...], dict[str, float]]:
+  """The peer's second step in each way."""
+  found = {}
   for way in WAYS:
     with started([*peer, *way], log) as take:
-      *_, last = (take() for _ in range(TRIAL))
-    seconds[way] = last['seconds']
-    print(f'peer, {", ".join(way)}: {last["seconds"]:.2f} s, {last["peak_gb"]:.2f} GB', flush=True)
-  return min(seconds, key=seconds.get)
+      *_, found[way] = (take() for _ in range(TRIAL))
+    seconds, peak = (found[way][key] for key in ('seconds', 'peak_gb'))
+    print(f'peer, {", ".join(way)}: {seconds:.2f} s, {peak:.2f} GB', flush=True)
+  return found
 
 
 def compare(place: Path, arguments: list[str], tokens: int, rounds: int) -> dict:
   """Takes steps on both sides in turns, prints them, and returns the last line."""
   log, peer = place / 'peer.log', [*PEER, str(place)]
-  way = fastest(peer, log)
+  trial = tried(peer, log)
+  way = min(trial, key=lambda way: trial[way]['seconds'])
   found = {'ours': [], 'peer': []}
   ours = started([*OURS, str(place), *arguments], place / 'ours.log')
   with ours as mine, started([*peer, *way], log) as theirs:
@@ -209,6 +211,7 @@ def compare(place: Path, arguments: list[str], tokens: int, rounds: int) -> dict
     'losses': [round(a['loss'], 6) for a, _ in pairs],
     'loss_difference': max(abs(a['loss'] / b['loss'] - 1) for a, b in pairs),
     'peer': ', '.join(way),
+    'peers_gb': {', '.join(each): step['peak_gb'] for each, step in trial.items()},
   }
 
 

@@ -10,6 +10,7 @@ Whatever is chosen among several is chosen by development text. What stands ther
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -52,15 +53,15 @@ def baselines(run: Run) -> list[dict]:
     search), `dev` (the mean loss on development text of the tasks that count), `tried` (how many
     were scored to find it), `tokens` (trained on, the CPT runs' included) and `settings`.
   """
-  rows = [*_mixtures(run), *_merges(run), *_searches(run)]
-  once(lambda: write_json(run.path / 'baselines.json', rows))
-  names = counted(run, tasks_of(run, 'test'))
-  mixtures = [row for row in rows if row['kind'] == 'mixture']
-  for row in rows:
-    if row['model'] != 'optimer':
-      compare(run, 'optimer', row['model'], names)
-    if row in mixtures[1:]:
-      compare(run, row['model'], mixtures[0]['model'], names)
+  names, rows = counted(run, tasks_of(run, 'test')), []
+  for part in (_mixtures, _merges, _searches):
+    rows += part(run)
+    once(functools.partial(write_json, run.path / 'baselines.json', rows))
+    for row in rows:
+      if row['model'] != 'optimer':
+        compare(run, 'optimer', row['model'], names)
+      if row['kind'] == 'mixture' and row is not rows[0]:
+        compare(run, row['model'], rows[0]['model'], names)
   return rows
 
 

@@ -164,4 +164,6 @@ def scientific(value: float) -> str:
 def label(name: str) -> str:
   names = {'base': 'base', 'average': 'uniform average', 'optimer': 'OptiMer'}
   names['exported'] = 'OptiMer, exported'
-  return names.get(name) or (f'CPT {name[4:]}' if name.startswith('cpt-') else name)
+  kinds = {'cpt': 'CPT', 'mixed': 'mixture', 'merged': 'merge', 'studies': 'search'}
+  kind, _, rest = name.partition('-')
+  return names.get(name) or (f'{kinds[kind]} {rest}' if kind in kinds and rest else name)

@@ -91,6 +91,7 @@ TRAJECTORY = {
   'straightness': Size,
 }
 STEP = {'step': Count, 'loss?': Number, 'dev_bits_per_byte?': Number}
+BASELINE = {'model': str, 'kind': str, 'dev': Maybe, 'tried': Count, 'tokens': Count}
 COST = {
   'stage': str,
   'seconds': Size,
@@ -174,6 +175,7 @@ class Run:
   trajectories: dict[str, dict]
   training: dict[str, list[dict]]
   costs: list[dict]
+  baselines: list[dict]
   manifest: dict
   gin: str
   problems: list[str]
@@ -272,6 +274,7 @@ def read_run(path: Path) -> Run:
   comparisons = one(path / 'evaluations' / 'comparisons.json', [COMPARISON]) or []
   looks = many(path / 'evaluations' / 'test_looks.jsonl', LOOK)
   costs = many(path / 'costs.jsonl', COST)
+  baselines = one(path / 'baselines.json', [BASELINE]) or []
   manifest = one(path / 'base' / 'manifest.json', MANIFEST) or {}
   gin = path / 'operative.gin'
   rows = [row for study in studies for row in study.trials]
@@ -295,6 +298,7 @@ def read_run(path: Path) -> Run:
     trajectories=trajectories,
     training=training,
     costs=costs,
+    baselines=baselines,
     manifest=manifest,
     gin=gin.read_text(encoding='utf-8', errors='replace') if gin.is_file() else '',
     problems=problems,

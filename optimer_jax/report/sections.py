@@ -1,6 +1,7 @@
 """The sections of the report: which text, figures and tables stand where, or what is missing."""
 
 import json
+import math
 from collections.abc import Iterator
 
 from optimer_jax.report import plots
@@ -43,6 +44,7 @@ def build(run: Run) -> list[Section]:
   parts = (
     ('weights', 'Merge weights and mixture ratios', _weights),
     ('scores', 'Test scores', _scores),
+    *([('baselines', 'Mixtures, merges and other searches', _baselines)] * bool(run.baselines)),
     ('gap', 'Development and test', held_out),
     ('search', 'Search', _search),
     ('space', 'Trials in weight space', _space),
@@ -138,6 +140,43 @@ def _fronts(run: Run) -> Iterator:
         for point in sorted(shown, key=lambda point: point['losses'][front['tasks'][0]])
       ],
     )
+
+
+def _baselines(run: Run) -> Iterator:
+  """What `Run.baselines` asked for, the lowest loss on development text first."""
+  what = kinds(run)['mean']
+  rows = sorted(run.baselines, key=lambda row: math.inf if row['dev'] is None else row['dev'])
+  for one in ('mixture', 'merge'):
+    names = [row['model'] for row in rows if row['kind'] == one]
+    found = paired(run, 'optimer', names[0]).get('mean') if names else None
+    if found:
+      yield Text(
+        f'Of {count(len(names), one)}, {label(names[0])} is best on development text. On test, '
+        f'OptiMer is {verdict(found)} it (difference {change(found, what)}).'
+      )
+  table = []
+  for row in rows:
+    apart = paired(run, 'optimer', row['model']).get('mean')
+    scores = run.evaluations.get(row['model'], {}).get('scores', {})
+    test = losses(scores, core(run)).get('mean')
+    table.append(
+      [
+        Cell(label(row['model'])),
+        Cell(row['kind']),
+        Cell(str(row['tried'])),
+        Cell(f'{row["tokens"]:,}'),
+        Cell('–' if row['dev'] is None else level(row['dev'], what)),
+        Cell(score(test, what) if test else '–'),
+        Cell(change(apart, what) if apart and row['model'] != 'optimer' else ''),
+      ]
+    )
+  yield Table(
+    'Mean losses on development text, by which the best of several is chosen, and on test; and '
+    'OptiMer’s minus it, paired by example (below 0: OptiMer is better). Tried: how many were '
+    'scored on development text to find it. Tokens: trained on, those of the CPT runs included.',
+    ['model', 'kind', 'tried', 'tokens', 'development', 'test', 'OptiMer minus it'],
+    table,
+  )
 
 
 def models(run: Run) -> list[plots.Model]:
