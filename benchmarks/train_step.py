@@ -7,8 +7,8 @@ random tokens, the same loss over the same targets, clipping, AdamW and learning
 threads, huge pages. Ours is `compiled_step` as training runs it, its state donated; KIND is what
 layers keep for their gradients, `Model.remat`. The peer is `Gemma3ForCausalLM` with torch's fused
 AdamW, and sdpa or eager attention, with or without gradient checkpointing: whichever was fastest in
-a trial; `peers_gb` has the memory of all four. B x T are the quickstart's 4 x 256 unless given: what
-two cores train on at a time.
+a trial; `peers_gb` has the memory of all four. B x T are the quickstart's 4 x 256 unless given:
+what two cores train on at a time.
 
 Each side is a process, so that its peak memory is its own, and they take steps in turns: one waits
 while the other computes. Rates are B x T over the median seconds of a step; the first, in which
