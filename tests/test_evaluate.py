@@ -11,12 +11,15 @@ import pytest
 from small_run import make_run
 
 from optimer_jax import cli, pipeline
+from optimer_jax.data.datasets import synthetic
 from optimer_jax.errors import UsageError, UserError
 from optimer_jax.evaluate import compare, evaluate, looks
 from optimer_jax.evaluation.examples import Examples
 from optimer_jax.evaluation.splits import Splits
 from optimer_jax.evaluation.tasks import MultipleChoice
 from optimer_jax.files import read_json, read_jsonl, write_text
+from optimer_jax.search.objectives import Objective
+from optimer_jax.search.study import StudyConfig
 
 FIRST = {
   'base': 'base',
@@ -92,11 +95,13 @@ def test_what_was_scored_is_kept_and_not_scored_again(done, scored):
 
 def test_one_model_by_any_of_its_names(done, scored):
   """Merged in memory, read from an artifact or from its export: the same scores."""
-  asked = ['north=1', 'cpt/north', 'merged/optimer', 'export/optimer', 'snapshots/north/6']
+  asked = ['north=1', 'cpt/north', 'merged/optimer', 'export/optimer', 'studies/default']
+  asked.append('snapshots/north/6')
   with pytest.raises(UserError, match='snapshots/north/6 is missing'):
     evaluate(scored, asked)
   found = evaluate(scored, asked[:-1])
-  assert [*found] == ['north=1', 'cpt-north', 'merged-optimer', 'export-optimer']
+  names = ['north=1', 'cpt-north', 'merged-optimer', 'export-optimer', 'studies-default']
+  assert [*found] == names
   standard = {name: read_json(done.path / f'evaluations/{name}.json') for name in FIRST}
   standard['optimer'] = read_json(done.path / 'evaluations/optimer.json')
   for name, same, tolerance in [
@@ -104,11 +109,23 @@ def test_one_model_by_any_of_its_names(done, scored):
     ('cpt-north', 'cpt-north', 1e-3),  # the vector is rounded to bfloat16
     ('merged-optimer', 'optimer', 1e-6),
     ('export-optimer', 'exported', 0),
+    ('studies-default', 'optimer', 0),
   ]:
     for task in scored.names:
       expected = values(standard[same], task)
       np.testing.assert_allclose(values(found[name], task), expected, rtol=tolerance)
   assert found['north=1']['weights'] == {'north': 1.0, 'east': 0.0}
+
+
+def test_what_is_watched_is_scored_and_does_not_count(scored):
+  watched = dataclasses.replace(scored, watched=(synthetic('west'),))
+  for weights, counted in {(): ('north', 'east', 'west'), ('west',): ('north', 'east')}.items():
+    study = StudyConfig(objective=Objective(weights=dict.fromkeys(weights, 0.0)))
+    (found,) = evaluate(dataclasses.replace(watched, study=study), ['base']).values()
+    assert [*found['scores']] == ['north', 'east', 'west']
+    assert found['mean'] == np.mean([found['scores'][task]['value'] for task in counted])
+  with pytest.raises(UsageError, match="two tasks are called 'east'"):
+    dataclasses.replace(scored, watched=(synthetic('east'),))
 
 
 def test_tasks_are_added_and_only_they_are_scored(scored, tmp_path):

@@ -389,3 +389,25 @@ def test_quickstart_report(full, copy):
   done = call(copy)
   assert (done.returncode, done.stdout) == (1, '')
   assert len(done.stderr.splitlines()) == 1 and 'evaluations/optimer.json' in done.stderr
+
+
+def test_what_optimer_is_compared_with_has_a_section(copy):
+  rows_ = [
+    {'model': 'optimer', 'kind': 'search', 'dev': 1.1, 'tried': 16, 'tokens': 98304},
+    {'model': 'average', 'kind': 'mixture', 'dev': 1.2, 'tried': 1, 'tokens': 98304},
+    {'model': 'base', 'kind': 'mixture', 'dev': 1.4, 'tried': 1, 'tokens': 0},
+    {'model': 'merged-gone', 'kind': 'merge', 'dev': None, 'tried': 3, 'tokens': 98304},
+  ]
+  write_json(copy / 'baselines.json', rows_)
+  run = read_run(copy)
+  (section,) = [each for each in build(run) if each.id == 'baselines']
+  text = words([section])
+  assert 'Of 2 mixtures, uniform average is best on development text.' in text
+  assert shown(paired(run, 'optimer', 'average')['mean'].value) in text
+  page = render(run, build(run))
+  assert 'merge gone' in page and '98,304' in page
+  ElementTree.fromstring(page)
+  write_text(copy / 'baselines.json', '[{"model": "optimer"}]')
+  run = read_run(copy)
+  assert [each.id for each in build(run)] == SECTIONS
+  assert any(problem.startswith('baselines.json is') for problem in run.problems)
