@@ -1,8 +1,9 @@
-"""Ratios that are tried, and data sets of which only a file is given."""
+"""Ratios that are tried, data sets of which only a file is given, and the tables of RESULTS.md."""
 
 import numpy as np
 import pytest
 
+from benchmarks import study
 from optimer_jax.baselines import mixture_ratios
 from optimer_jax.data.datasets import from_folder
 from optimer_jax.errors import UserError
@@ -44,3 +45,10 @@ def test_a_file_alone_is_divided(tmp_path):
   assert from_folder(str(tmp_path), ()) == ()
   with pytest.raises(UserError, match='it needs train'):
     from_folder(str(tmp_path), ('it',))
+
+
+def test_the_results_are_those_of_what_is_kept():
+  text = study.RESULTS.read_text(encoding='utf-8')
+  _, made = study.tables()
+  assert study.filled(text, made) == text
+  assert sum(f'<!-- {name} -->' in text for name in made) >= 6
