@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import qmc
 
 from optimer_jax.checkpoints import store
-from optimer_jax.errors import UserError
+from optimer_jax.errors import UsageError, UserError
 from optimer_jax.evaluate import compare, evaluate, name_of
 from optimer_jax.evaluation.engine import Engine
 from optimer_jax.files import append_jsonl, read_jsonl, write_json
@@ -52,7 +52,12 @@ def baselines(run: Run) -> list[dict]:
     The rows of RUN/baselines.json: `model` (of RUN/evaluations), `kind` (mixture, merge or
     search), `dev` (the mean loss on development text of the tasks that count), `tried` (how many
     were scored to find it), `tokens` (trained on, the CPT runs' included) and `settings`.
+
+  Raises:
+    UsageError: the run asks for no baselines.
   """
+  if run.baselines is None:
+    raise UsageError('there is nothing to compare with: bind Run.baselines = @run.Baselines()')
   names, rows = counted(run, tasks_of(run, 'test')), []
   for part in (_mixtures, _merges, _searches):
     rows += part(run)

@@ -76,6 +76,12 @@ file, scores one model of others, given with --model, in runs/MODEL. Writes RUN/
 each example's score, how often test was looked at; what was scored before is not scored again.
 --compare A B scores both and tests their difference in pairs. Costs one evaluation of the test data
 for each model.""",
+  'baselines': """Trains, tunes and searches what Run.baselines says OptiMer is compared with.
+
+Reads the finished run. Writes RUN/mixed (models of data mixtures), RUN/tuned (what was tried of
+other merges), RUN/merged, RUN/studies, RUN/evaluations and RUN/baselines.json. Costs as much as all
+CPT runs together for each mixture, and an evaluation of the development rows for each candidate;
+what stands there is not done again.""",
   'plan': """Whether a model fits TPU slices, and how fast it can be there at best; needs no TPU.
 
 Reads no run: the model is one of Gemma 3's sizes, and a gin file, if given, says mesh, batch,
@@ -239,7 +245,7 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
     return
   if not options.gin_file:
     raise UsageError('give a run with --gin_file, as in --gin_file=runs/quickstart.gin')
-  from optimer_jax import configs, pipeline
+  from optimer_jax import baselines, configs, pipeline
   from optimer_jax.parallel.startup import start
   from optimer_jax.search.serve import serve
 
@@ -275,6 +281,7 @@ def _run(options: argparse.Namespace, bindings: list[str]) -> None:
       'pipeline': pipeline.pipeline,
       'import': pipeline.import_base,
       'extract': pipeline.extract_all,
+      'baselines': baselines.baselines,
       'report': pipeline.report,
     }[verb](run)
 

@@ -144,6 +144,7 @@ def _train(
 ) -> store.Manifest:
   """Trains into `path`; `made` says of what, and `first` where the parameters begin."""
   name, kind = path.name, path.parent.name
+  used = {key: run.dataset(key) for key, ratio in ratios.items() if ratio > 0}
   base_manifest = import_base(run)
   identity = {'base': base_manifest.fingerprint, **made, 'length': run.length}
   settings = {**settings_of(training), **identity}
@@ -155,7 +156,6 @@ def _train(
   with stage(run, f'{"train" if kind == "cpt" else kind}/{name}') as cost:
     engine = engine_of(run)
     model = engine.model
-    used = {key: run.dataset(key) for key, ratio in ratios.items() if ratio > 0}
     rows = in_turn(
       lambda: {
         key: packed_rows(each.train, engine.tokenizer, run.length, run.cache_path / 'rows')

@@ -261,7 +261,7 @@ FLOORS = [
   {'checkpoints', 'data'},
   {'training', 'vectors', 'merging', 'evaluation'},
   {'search', 'report', 'planning'},
-  {'run', 'evaluate', 'pipeline', 'configs', 'cli', '__main__'},
+  {'run', 'evaluate', 'pipeline', 'baselines', 'configs', 'cli', '__main__'},
 ]
 
 
