@@ -109,10 +109,10 @@ class Kept:
     return None
 
   def costs(self, pattern: str, key: str) -> list[float]:
-    """Of each stage whose name matches: what its attempts cost together."""
+    """Of each stage whose name matches: what its attempts cost that did not find all done."""
     found = {}
     for row in read_jsonl(self.path / 'costs.jsonl'):
-      if re.fullmatch(pattern, row['stage']):
+      if re.fullmatch(pattern, row['stage']) and row.get('flops') != 0:
         found[row['stage']] = found.get(row['stage'], 0.0) + row.get(key, 0.0)
     return [*found.values()]
 

@@ -207,8 +207,10 @@ def _searches(run: Run) -> Iterator[dict]:
     own = dataclasses.replace(own, study=study)
     if own.vectors != run.vectors:
       once(lambda own=own: extract_each(own))
-    best = search(own)
-    model = 'optimer' if study is run.study else f'studies/{study.name}'
+    if study is run.study:
+      best, model = best_of(own), 'optimer'
+    else:
+      best, model = search(own), f'studies/{study.name}'
     evaluate(own, [model])
     yield {
       'model': name_of(model),
