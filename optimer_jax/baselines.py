@@ -12,8 +12,8 @@ Whatever is chosen among several is chosen by development text. What stands ther
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 from scipy.stats import qmc
@@ -27,7 +27,7 @@ from optimer_jax.gemma3.placement import place_leaves
 from optimer_jax.merging import methods
 from optimer_jax.merging.candidates import candidates
 from optimer_jax.parallel.processes import once
-from optimer_jax.pipeline import extract_each, merge, search, train_mixture
+from optimer_jax.pipeline import extract_each, kept_of, merge, search, train_mixture
 from optimer_jax.progress import say
 from optimer_jax.run import (
   Run,
@@ -60,7 +60,7 @@ def baselines(run: Run) -> list[dict]:
     raise UsageError('there is nothing to compare with: bind Run.baselines = @run.Baselines()')
   names, rows = counted(run, tasks_of(run, 'test')), []
   for part in (_mixtures, _merges, _searches):
-    rows += part(run)
+    rows += [{**row, 'dev': row['dev'] if math.isfinite(row['dev']) else None} for row in part(run)]
     once(functools.partial(write_json, run.path / 'baselines.json', rows))
     for row in rows:
       if row['model'] != 'optimer':
@@ -123,7 +123,7 @@ def _tokens(run: Run, training: TrainConfig) -> int:
 def _on_dev(run: Run, models: list[str]) -> dict[str, float]:
   """The loss of trained models on development text, kept in RUN/tuned/mixtures.jsonl."""
   path = run.path / 'tuned' / 'mixtures.jsonl'
-  known = {(row['model'], row['of']): row['scores'] for row in _read(path)}
+  known = {(row['model'], row['of']): row['scores'] for row in read_jsonl(path)}
   keys = [(model, store.read_manifest(run.path / model).fingerprint) for model in models]
   if todo := [key for key in keys if key not in known]:
     with stage(run, 'tune/mixtures') as cost:
@@ -168,7 +168,7 @@ def _tuned(run: Run, method: str) -> tuple[dict, int, float]:
     both = itertools.product(config.coefficients, config.densities)
     grid = [{'weight': 1.0, 'scale': c, 'density': d} for c, d in both]
   of = vector_fingerprints(run)
-  known = [row for row in _read(path) if row['of'] == of]
+  known = [row for row in read_jsonl(path) if row['of'] == of]
   found = [next((row for row in known if row['numbers'] == numbers), None) for numbers in grid]
   if None in found:
     with stage(run, f'tune/{method}') as cost:
@@ -194,14 +194,12 @@ def _searches(run: Run) -> Iterator[dict]:
   config = run.baselines
   asked = [(run, each) for each in (run.study, *config.studies)]
   if config.checkpoints:
-    kept = sorted((run.path / 'snapshots').glob('*/*'))
-    kept = [path for path in kept if path.parent.name in run.names]
-    if not kept:
+    more = {f'{name}-{step}': str(p) for name in run.names for step, p in kept_of(run, name)}
+    if not more:
       raise UserError(
         'Baselines.checkpoints searches the checkpoints of training, and none was kept: set '
         'TrainConfig.keep_every'
       )
-    more = {f'{path.parent.name}-{path.name}': str(path) for path in kept}
     asked.append((dataclasses.replace(run, vectors={**run.vectors, **more}), config.checkpoints))
   for own, study in asked:
     own = dataclasses.replace(own, study=study)
@@ -244,7 +242,3 @@ def _scorer(run: Run, engine: Engine, cost: dict) -> Callable[[dict], dict]:
 def _mean(run: Run, scores: Mapping[str, Mapping]) -> float:
   """The loss that is compared: the mean over the tasks that count."""
   return float(np.mean(losses_of(scores, counted(run, tasks_of(run, 'dev')))))
-
-
-def _read(path: Path) -> list[dict]:
-  return read_jsonl(path) if path.exists() else []

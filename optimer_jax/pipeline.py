@@ -271,15 +271,21 @@ def _trajectory(run: Run, name: str) -> dict | None:
   """The way from the base through the kept checkpoints to the CPT model, if any were kept."""
   base = store.open_leaves(run.path / 'base', 'base')[1]
   end, last = store.open_leaves(run.path / 'cpt' / name, 'cpt')
-  kept = []
-  for path in (run.path / 'snapshots' / name).glob('[0-9]*'):
-    manifest, leaves = store.open_leaves(path, 'cpt')
-    if manifest.facts['settings'] == end.facts['settings']:  # not of an earlier run
-      kept.append((int(path.name), leaves))
+  kept = [(step, store.open_leaves(path, 'cpt')[1]) for step, path in kept_of(run, name)]
   if not kept:
     return None
-  kept.sort(key=lambda each: each[0])
   return trajectory([(0, base), *kept, (end.facts['settings']['steps'], last)])
+
+
+def kept_of(run: Run, name: str) -> list[tuple[int, Path]]:
+  """The steps and checkpoints that the CPT run kept on its way; none of an earlier run."""
+  settings = store.read_manifest(run.path / 'cpt' / name, 'cpt').facts['settings']
+  paths = (run.path / 'snapshots' / name).glob('[0-9]*')
+  return sorted(
+    (int(path.name), path)
+    for path in paths
+    if store.read_manifest(path, 'cpt').facts['settings'] == settings
+  )
 
 
 def search(run: Run, worker: str = '', server: str | None = None) -> dict:
