@@ -88,11 +88,16 @@ def test_a_writer_that_stops(small, tmp_path, arrays):
     except KeyError:
       failed.append(True)
 
-  # As if it were killed there (which tests/long does): another one writes the artifact.
   writer = threading.Thread(target=write)
   writer.start()
   stopped.wait()
   assert len(places.folders(arrays)) == 2 and same(store.load(path)[1], leaves)
+  (own,) = tmp_path.glob('.cpt.tmp-*')
+  # Another one writes the artifact: what is being written is left alone …
+  new = store.save(path, 'cpt', small, init_leaves(small, 2), arrays=arrays)
+  assert len(places.folders(arrays)) == 2 and own.exists()
+  # … and not what a killed writer left, which looks like it but for being held.
+  shutil.copytree(own, tmp_path / '.cpt.tmp-killed')
   new = store.save(path, 'cpt', small, init_leaves(small, 2), arrays=arrays)
   assert places.folders(arrays) == {new.arrays.rpartition('/')[2]}
   end.set()
