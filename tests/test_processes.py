@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 import together
 
 from optimer_jax.checkpoints import store
@@ -86,33 +85,6 @@ def losses(directory: Path) -> list[float]:
   rows = [row for row in rows if 'loss' in row]
   assert [row['step'] for row in rows] == list(range(1, CONFIG.steps + 1))
   return [row['loss'] for row in rows]
-
-
-@pytest.fixture(scope='module')
-def by_one(tmp_path_factory):
-  directory = tmp_path_factory.mktemp('one')
-  assert trained(directory, ONE) == [0]
-  return directory
-
-
-def test_stopped_by_sigterm_and_resumed_by_one(by_one, tmp_path):
-  check_stopped_and_resumed(by_one, tmp_path, TWO, ONE)  # The other way round: tests/long.
-
-
-def check_stopped_and_resumed(by_one, tmp_path, first, then):
-  """The same losses, on other meshes and numbers of processes before and after the stop."""
-  assert trained(tmp_path, first, stop_at=3) == [75] * first[0]
-  said = {(tmp_path / f'{i}.log').read_text().splitlines()[-1] for i in range(first[0])}
-  (said,) = said  # All stopped at the same step.
-  (saved,) = (path.name for path in (tmp_path / 'run/state').iterdir() if path.name.isdigit())
-  assert said == f'random was told to stop and is saved at step {saved}'
-  assert 3 < int(saved) < CONFIG.steps
-  assert trained(tmp_path, then) == [0] * then[0]
-  np.testing.assert_allclose(losses(tmp_path), losses(by_one), rtol=1e-5)
-  _, found = store.load(tmp_path / 'cpt')
-  for name, expected in store.load(by_one / 'cpt')[1].items():
-    # AdamW divides by the gradient's size: noise of a tiny gradient moves a whole step.
-    assert np.quantile(np.abs(found[name] - expected), 0.99) < 1e-4, name
 
 
 def together_main() -> None:

@@ -20,7 +20,8 @@ def start(arguments: list, directory: Path, processes: int, devices: int) -> lis
   flags = [f for f in os.environ.get('XLA_FLAGS', '').split() if not f.startswith(DEVICES)]
   flags.append(f'{DEVICES}={devices}')
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(flags)}
-  env['PYTHONPATH'] = os.pathsep.join(filter(None, [os.getcwd(), env.get('PYTHONPATH')]))
+  paths = [os.getcwd(), str(Path(__file__).parent), env.get('PYTHONPATH')]
+  env['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
   found = []
   for i in range(processes):
     joins = {
