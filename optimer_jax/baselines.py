@@ -41,7 +41,7 @@ from optimer_jax.run import (
   vector_fingerprints,
 )
 from optimer_jax.search.objectives import losses_of
-from optimer_jax.search.simplexes import from_sticks, scaled, sticks
+from optimer_jax.search.simplexes import from_sticks, sticks
 from optimer_jax.training.train import TrainConfig
 
 
@@ -91,11 +91,10 @@ def _mixtures(run: Run) -> Iterator[dict]:
     name: (ratios, whole, None)
     for name, ratios in mixture_ratios(run.names, config.mixtures).items()
   }
-  chosen = {name: max(w, 0.0) for name, w in best_of(run)['ratios'].items()}
-  searched = scaled(chosen) if any(chosen.values()) else None
-  if searched and config.retrain:
+  searched = best_of(run)['ratios']  # all 0 if the base itself was chosen
+  if any(searched.values()) and config.retrain:
     plans['searched'] = (searched, whole, None)
-  if searched and config.heal_steps:
+  if any(searched.values()) and config.heal_steps:
     healing = dataclasses.replace(
       whole, steps=config.heal_steps, warmup=min(whole.warmup, config.heal_steps - 1)
     )
