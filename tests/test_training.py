@@ -1,5 +1,6 @@
 """Training: what a step computes, and that nothing but time is lost by an interruption."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -26,6 +27,7 @@ from optimer_jax.gemma3 import (
   token_nats,
 )
 from optimer_jax.parallel.sharding import MeshConfig, batch_sharding, make_mesh, shardings
+from optimer_jax.training import train as training
 from optimer_jax.training.train import TrainConfig, finish, optimizer, schedule, train, train_step
 
 CONFIG = TrainConfig(
@@ -172,6 +174,27 @@ def test_accumulation_changes_nothing(small, pieces, tmp_path):
   # AdamW divides by the gradient's size: noise of a tiny gradient moves a whole step.
   for name, leaf in whole.items():
     assert np.quantile(np.abs(leaf - parts[name]), 0.99) < 1e-6, name
+
+
+def test_a_step_brings_nothing_but_its_batch_to_the_device(small, tmp_path, monkeypatch):
+  """Whatever else is computed there waits in the queue behind the step that runs."""
+  transfers, batch_of = jax.transfer_guard_host_to_device, training.batch_of
+
+  def allowed(*args):
+    with transfers('allow'):
+      return batch_of(*args)
+
+  monkeypatch.setattr(training, 'batch_of', allowed)
+  with contextlib.ExitStack() as from_step_4_to_8:
+
+    def evaluate(params):
+      if jax.config.jax_transfer_guard_host_to_device == 'disallow':
+        raise Stop
+      from_step_4_to_8.enter_context(transfers('disallow'))
+      return {}
+
+    with pytest.raises(Stop):
+      run(Model(small), tmp_path, evaluate=evaluate)
 
 
 def test_resume_is_bitwise(small, unbroken, tmp_path):

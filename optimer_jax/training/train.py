@@ -14,6 +14,7 @@ from pathlib import Path
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
@@ -233,7 +234,7 @@ def _loop(
 ):
   length = dataset[0]['tokens'].shape[-1]
   flops_per_step = 3 * model.config.flops_per_token(length) * config.batch * length
-  rate = schedule(config)
+  rates = np.asarray(schedule(config)(np.arange(config.steps)))  # a step's would wait in its queue
   began = last = saved = time.monotonic()
   tokens, waiting = 0, None
 
@@ -261,7 +262,7 @@ def _loop(
       tokens_per_s=values['targets'] / (now - last),
       grad_norm=values['grad_norm'],
       update_norm=values['update_norm'],
-      learning_rate=float(rate(step - 1)),
+      learning_rate=float(rates[step - 1]),
       **extra,
     )
     last, waiting = now, None
