@@ -14,6 +14,7 @@ the seeds or, if it is larger, from the examples (which the seeds share).
 
 import argparse
 import dataclasses
+import itertools
 import math
 import re
 import shutil
@@ -30,8 +31,9 @@ from optimer_jax.gemma3 import SIZES
 KEPT = Path(__file__).parent / 'results' / 'study'
 RESULTS = Path(__file__).parents[1] / 'RESULTS.md'
 FILES = (
-  *('baselines.json', 'costs.jsonl', 'operative.gin', 'cpt/*/metrics.jsonl', 'evaluations/*.json'),
-  *('evaluations/*.jsonl', 'studies/*/trials.jsonl', 'studies/*/best.json', 'tuned/*.jsonl'),
+  *('baselines.json', 'costs.jsonl', 'operative.gin', 'cpt/*/metrics.jsonl'),
+  *('mixed/*/metrics.jsonl', 'evaluations/*.json', 'evaluations/*.jsonl'),
+  *('studies/*/trials.jsonl', 'studies/*/best.json', 'tuned/*.jsonl'),
   *('vectors/geometry.json', 'vectors/trajectory.json'),
 )
 NAMES = {
@@ -48,6 +50,7 @@ NAMES = {
   'studies-blocks': 'OptiMer, weights for 4 blocks',
   'studies-modules': 'OptiMer, weights for module types',
   'studies-checkpoints': 'OptiMer, checkpoints in the pool',
+  'studies-with_mixture': 'OptiMer, the uniform mixture in the pool',
   'mixed-healed': 'OptiMer, trained on with its ratios',
   'mixed-uniform': 'mixture, uniform',
   'mix-best': 'mixture, best of the grid',
@@ -107,6 +110,26 @@ class Kept:
         if (row['a'], row['b']) == (one, other):
           return {'difference': sign * row['difference'], 'stderr': row['stderr']}
     return None
+
+  @property
+  def reached(self) -> float | None:
+    """The share of its steps after which the uniform mixture was as good as the merge.
+
+    By the losses on development text on its way, with straight lines between them; None if it never
+    was, or if they were not kept.
+    """
+    rows = read_jsonl(self.path / 'mixed' / 'uniform' / 'metrics.jsonl')
+    way = [(row['step'], row['dev_bits_per_byte']) for row in rows if 'dev_bits_per_byte' in row]
+    goal = self.rows['optimer']['dev']
+    for (step, loss), (next_step, next_loss) in itertools.pairwise([(0, self.dev_of_base), *way]):
+      if next_loss <= goal:
+        return (step + (next_step - step) * (loss - goal) / (loss - next_loss)) / way[-1][0]
+    return None
+
+  @property
+  def dev_of_base(self) -> float:
+    first = next(row for row in self.trials('vizier') if not any(row['weights'].values()))
+    return statistics.fmean(first['scores'][task]['value'] for task in self.domains)
 
   def costs(self, pattern: str, key: str) -> list[float]:
     """Of each stage whose name matches: what its attempts cost that did not find all done."""
@@ -209,32 +232,47 @@ def costs_table(groups: dict[str, Runs]) -> str:
     for key, form in (('flops', '.3g'), ('seconds', '.1f')):
       found = cost_ratio(runs, key)
       costs = (f'{found[each]:{form}}' for each in ('training', 'trial', 'mixture'))
-      kinds = ('per_configuration', 'excluding_training', 'including_training')
-      rows.append([f'{name}: {key}', *costs, *(f'{found[kind]:.1f}' for kind in kinds)])
+      kinds = ('excluding_training', 'including_training')
+      equal = found['equal_quality']
+      cells = ['–'] * 2 if equal is None else [f'{equal[kind]:.1f}' for kind in kinds]
+      rows.append([f'{name}: {key}', *costs, *(f'{found[kind]:.1f}' for kind in kinds), *cells])
   head = [
     *('', 'the K CPT runs', 'a trial of the search', 'a mixture, trained and scored'),
-    *('mixture / trial', f'{CONFIGURATIONS} of each', 'with the CPT runs'),
+    *('mixture / trial', f'{CONFIGURATIONS} of each, with the CPT runs'),
+    *('mixture / trial, to equal loss', f'{CONFIGURATIONS} of each, with the CPT runs'),
   ]
   return table(head, rows)
 
 
-def cost_ratio(runs: Runs, key: str) -> dict[str, float]:
-  """Of tuning a mixture over CONFIGURATIONS to a search over as many, in seconds or FLOPs."""
+def cost_ratio(runs: Runs, key: str) -> dict:
+  """Of tuning a mixture over CONFIGURATIONS to a search over as many, in seconds or FLOPs.
+
+  `equal_quality` has the ratios if each mixture is trained no longer than the uniform one takes to
+  the loss of the merge; None where that is not known, or was not reached.
+  """
   average = lambda pattern: statistics.fmean(
     sum(run.costs(pattern, key)) / len(run.costs(pattern, key)) for run in runs
   )
   asked = len(runs[0].trials('vizier'))
   training = len(runs[0].domains) * average('train/.*')
   trial = average('search/vizier') / asked
-  mixture = average(r'mixed/(uniform|ratios-\d+)') + trial
-  tuning, search = CONFIGURATIONS * mixture, CONFIGURATIONS * trial
+  trained = average(r'mixed/(uniform|ratios-\d+)')
+
+  def ratios(share: float) -> dict[str, float]:
+    tuning, search = CONFIGURATIONS * (share * trained + trial), CONFIGURATIONS * trial
+    return {
+      'excluding_training': tuning / search,
+      'including_training': tuning / (search + training),
+    }
+
+  shares = [run.reached for run in runs]
   return {
     'training': training,
     'trial': trial,
-    'mixture': mixture,
-    'per_configuration': mixture / trial,
-    'excluding_training': tuning / search,
-    'including_training': tuning / (search + training),
+    'mixture': trained + trial,
+    **ratios(1.0),
+    'share_to_equal_quality': None if None in shares else statistics.fmean(shares),
+    'equal_quality': None if None in shares else ratios(statistics.fmean(shares)),
   }
 
 
@@ -331,15 +369,10 @@ def gap_table(groups: dict[str, Runs]) -> str:
   """What is left on test text of the gain on development text."""
   rows = []
   for name, runs in groups.items():
-    dev = statistics.fmean(_dev_of_base(run) - run.rows['optimer']['dev'] for run in runs)
+    dev = statistics.fmean(run.dev_of_base - run.rows['optimer']['dev'] for run in runs)
     test = mean(runs, 'base') - mean(runs, 'optimer')
     rows.append([name, f'{dev:.4f}', f'{test:.4f}', f'{test / dev:.0%}'])
   return table(['gain over the base', 'development', 'test', 'left'], rows)
-
-
-def _dev_of_base(run: Kept) -> float:
-  first = next(row for row in run.trials('vizier') if not any(row['weights'].values()))
-  return statistics.fmean(first['scores'][task]['value'] for task in run.domains)
 
 
 TABLES: dict[str, Callable[[dict[str, Runs]], str]] = {
@@ -394,7 +427,11 @@ def measure(options: argparse.Namespace) -> dict:
   }
   return {
     'bpb_mean': {key: mean(most, name) for key, name in names.items()},
-    'search_cost_ratio': {key: ratio[key] for key in ('excluding_training', 'including_training')},
+    'search_cost_ratio': {
+      key: ratio[key]
+      for key in ('excluding_training', 'including_training', 'share_to_equal_quality')
+    },
+    'search_cost_ratio_to_equal_quality': ratio['equal_quality'],
     'projected_27b': projected(),
     'cosine_max': max((cosine for run in most for cosine in run.cosines), key=abs),
   }

@@ -191,7 +191,7 @@ def _tuned(run: Run, method: str) -> tuple[dict, int, float]:
 def _searches(run: Run) -> Iterator[dict]:
   """The answers of the run's study and of those of `Run.baselines`."""
   config = run.baselines
-  asked = [(run, each) for each in (run.study, *config.studies)]
+  asked = [(run.vectors, each) for each in (run.study, *config.studies)]
   if config.checkpoints:
     more = {f'{name}-{step}': str(p) for name in run.names for step, p in kept_of(run, name)}
     if not more:
@@ -199,9 +199,12 @@ def _searches(run: Run) -> Iterator[dict]:
         'Baselines.checkpoints searches the checkpoints of training, and none was kept: set '
         'TrainConfig.keep_every'
       )
-    asked.append((dataclasses.replace(run, vectors={**run.vectors, **more}), config.checkpoints))
-  for own, study in asked:
-    own = dataclasses.replace(own, study=study)
+    asked.append(({**run.vectors, **more}, config.checkpoints))
+  if config.with_mixture:
+    more = {'mixed-uniform': str(run.path / 'mixed' / 'uniform')}
+    asked.append(({**run.vectors, **more}, config.with_mixture))
+  for vectors, study in asked:
+    own = dataclasses.replace(run, study=study, vectors=vectors)
     if own.vectors != run.vectors:
       once(lambda own=own: extract_each(own))
     if study is run.study:
@@ -214,7 +217,7 @@ def _searches(run: Run) -> Iterator[dict]:
       'kind': 'search',
       'dev': _mean(run, best[best['chosen']]['scores']),
       'tried': best['evaluations'],
-      'tokens': len(run.names) * _tokens(run, run.training),
+      'tokens': (1 + (study is config.with_mixture)) * len(run.names) * _tokens(run, run.training),
       'settings': {
         'sampler': study.sampler,
         'objective': best['objective'],

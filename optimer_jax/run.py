@@ -64,6 +64,7 @@ class Baselines:
     coefficients, densities: the values that are tried.
     studies: more searches of the same vectors.
     checkpoints: a search of the vectors and of those of the checkpoints that training kept.
+    with_mixture: a search of the vectors and of the uniform mixture's.
     retrain: train on the weights that the run's study chose as ratios, too.
     heal_steps: of training on after the merge, with its weights as ratios; 0: none. A uniform
       mixture with as many steps more is trained as well.
@@ -75,6 +76,7 @@ class Baselines:
   densities: tuple[float, ...] = (0.3, 0.7)
   studies: tuple[StudyConfig, ...] = ()
   checkpoints: StudyConfig | None = None
+  with_mixture: StudyConfig | None = None
   retrain: bool = True
   heal_steps: int = 0
 
