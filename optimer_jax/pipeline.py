@@ -240,7 +240,7 @@ def extract_each(run: Run) -> None:
       old = store.read_manifest(path, 'vector')
       if made.items() <= old.facts.items() and old.parents['base'] == base_manifest.fingerprint:
         continue
-    with stage(run, f'extract/{name}') as cost:
+    with stage(run, f'extract/{name}') as cost, on_host():
       cost['flops'] = base_manifest.model.num_params
       arrays = run.arrays_of(path)
       extract(base, model, path, name, run.vector_dtype, run.cache_path, arrays)
@@ -250,7 +250,7 @@ def extract_each(run: Run) -> None:
 def inspect(run: Run) -> dict:
   """What the vectors look like and how straight training was, into RUN/vectors: JSON and PNG."""
   directory = run.path / 'vectors'
-  with stage(run, 'inspect') as cost:
+  with stage(run, 'inspect') as cost, on_host():
     pool = open_pool(run.path / 'base', run.vector_paths)
     pairs, size = len(pool.vectors) * (len(pool.vectors) + 1) // 2, pool.manifests['base'].model
     cost['flops'] = 2 * pairs * size.num_params
@@ -352,7 +352,7 @@ def merge(run: Run, weights: Mapping[str, float] | None = None, name: str = 'opt
     old = store.read_manifest(path, 'merged').facts
     if all(old.get(key) == value for key, value in facts.items()):
       return path
-  with stage(run, f'merge/{name}') as cost:
+  with stage(run, f'merge/{name}') as cost, on_host():
     pool = open_pool(run.path / 'base', paths)
     base = pool.manifests['base']
     cost['flops'] = 2 * len(paths) * base.model.num_params  # of the sum, whatever the method

@@ -15,6 +15,7 @@ from optimer_jax.files import atomic_directory, write_json, write_text
 from optimer_jax.merging import methods
 from optimer_jax.merging.mergekit_yaml import MergekitMerge, numbers_for
 from optimer_jax.merging.streamed import difference, merge_streamed
+from optimer_jax.parallel.startup import on_host
 from optimer_jax.progress import say
 
 
@@ -81,7 +82,7 @@ def merge_checkpoints(merge: MergekitMerge, out: Path | str, cache: Path, seed: 
   config_json = dict(base.config_json)
   if merge.out_dtype:
     config_json |= {'dtype': merge.out_dtype, 'torch_dtype': merge.out_dtype}
-  with atomic_directory(out) as new:
+  with atomic_directory(out) as new, on_host():
     digests = write_huggingface(new, config_json, tensors, rows())
     if base.write_tokenizer:
       base.write_tokenizer(new)

@@ -211,7 +211,11 @@ def quiet_libtpu(attached: bool = False) -> None:
 
 
 def on_host() -> contextlib.AbstractContextManager:
-  """Inside, JAX computes on the CPU: small programs in sequence are slow on an accelerator."""
+  """Inside, JAX computes on the CPU.
+
+  An accelerator is slow at small programs in sequence. What comes from files and goes back to files
+  takes one longer to compile, for each shape, than the host to do.
+  """
   try:
     return jax.default_device(jax.local_devices(backend='cpu')[0])
   except RuntimeError:  # JAX_PLATFORMS leaves it out.
