@@ -13,10 +13,10 @@ A simulated loss is observed with noise of 1% of what merging can gain: the obje
 minus its minimum over the box [0, 1]^K. Gradients are exact, as automatic differentiation gives
 them.
 
-Two pools stand beside the simulated ones where they have been trained: that of --live is merged and
-scored at every trial, on its development set as it is, and that of --ledger is what splines make of
-its studies' trials, among which must be some everywhere (the sampler sobol gives them). Their
-losses count in shares of the base's.
+Two real pools stand beside the simulated ones. That of the run --live, where it has been trained,
+is merged and scored at every trial, on its development set as it is. --ledger is a directory of
+studies, through whose trials splines pass: some must be everywhere (the sampler sobol gives them).
+Their losses count in shares of the base's.
 
 Every search begins with the uniform average and the base, which count as trials.
 
@@ -72,7 +72,7 @@ SIMULATED = [
   *[(k, objective, kind) for k in (4, 6, 10) for objective in OBJECTIVES for kind in ('', 'cubic')],
   *[(4, objective, kind) for objective in OBJECTIVES for kind in ('saturating', 'ridge', 'kink')],
 ]
-MEASURED = {'live': live, 'ledger': from_ledger}
+LEDGER = Path(__file__).parent / 'results' / 'study' / 'study_270m'
 
 
 def search(surface: Surface, objective: str, name: str, seed: int) -> dict:
@@ -140,13 +140,15 @@ def cases(options: argparse.Namespace) -> dict[str, tuple[str, Callable[[int], S
     )
     for k, objective, kind in SIMULATED
   }
-  for name, make in MEASURED.items():
-    run = read_run([getattr(options, name)], [])
-    if not has_pool(run):
-      print(f'no surfaces {name}_*: {run.directory} has no vectors')
-      continue
+  measured = {'ledger': partial(from_ledger, options.ledger)}
+  run = read_run([options.live], [])
+  if has_pool(run):
+    measured['live'] = partial(live, run)
+  else:
+    print(f'no surfaces live_*: {run.directory} has no vectors')
+  for name, make in measured.items():
     for objective in OBJECTIVES:
-      made = functools.cache(partial(make, run, objective))  # one for all seeds
+      made = functools.cache(partial(make, objective))  # one for all seeds
       found[f'{name}_{objective}'] = objective, lambda seed, made=made: made()
   return found
 
@@ -234,7 +236,7 @@ def main():
   parser.add_argument('--quick', action='store_true', help='K = 4, two surfaces, two seeds')
   parser.add_argument('--samplers', nargs='+', choices=SAMPLERS, default=SAMPLERS, metavar='NAME')
   parser.add_argument('--live', default='runs/quickstart_tiny.gin', metavar='GIN_FILE')
-  parser.add_argument('--ledger', default='runs/quickstart.gin', metavar='GIN_FILE')
+  parser.add_argument('--ledger', type=Path, default=LEDGER, metavar='RUN')
   parser.add_argument('--out', type=Path, default=OUT)
   parser.add_argument('--minutes', type=float, default=float('inf'))
   options = parser.parse_args()

@@ -47,6 +47,7 @@ NAMES = {
   'studies-composite': 'OptiMer, composite',
   'studies-gradient': 'OptiMer, gradients',
   'studies-tpe': 'OptiMer, TPE',
+  'studies-sobol': 'OptiMer, points spread evenly',
   'studies-blocks': 'OptiMer, weights for 4 blocks',
   'studies-modules': 'OptiMer, weights for module types',
   'studies-checkpoints': 'OptiMer, checkpoints in the pool',

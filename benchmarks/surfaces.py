@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import scipy.interpolate
@@ -116,26 +117,30 @@ def live(run: Run, objective: str) -> Surface:
   )
 
 
-def from_ledger(run: Run, objective: str) -> Surface:
-  """Every task's loss, in shares of the base's, interpolated between all trials of the run's pool.
+def from_ledger(directory: Path, objective: str) -> Surface:
+  """Every data set's loss, in shares of the base's, interpolated between all trials of its pool.
 
   A polynomial of degree two, or one where there are too few trials, and a cubic spline through
   what is left. Gradients are its differences.
 
+  Args:
+    directory: of a run, or what was kept of one: DIRECTORY/studies/NAME/trials.jsonl.
+    objective: a key of OBJECTIVES, of the losses on the text of what was trained on.
+
   Raises:
     UserError: there are too few trials, or none near the optimum, which is then an invention.
   """
-  names, tasks = [*run.vector_paths], [task.name for task in tasks_of(run, 'dev')]
-  studies, found = run.path / 'studies', {}
+  studies, found = directory / 'studies', {}
   for row in (row for path in studies.glob('*/trials.jsonl') for row in read_jsonl(path)):
-    if set(row['weights']) != set(names) or row.get('numbers') or 'parts' in row:
+    names = sorted(row['weights'])
+    if not {*names} <= {*row['scores']} or row.get('numbers') or 'parts' in row:
       continue
-    of = found.setdefault(json.dumps([row['pool'], row['tasks']]), {})
-    of[tuple(row['weights'][name] for name in names)] = losses_of(row['scores'], tasks)
+    of = found.setdefault(json.dumps([row['pool'], row['tasks'], names]), {})
+    of[tuple(row['weights'][name] for name in names)] = losses_of(row['scores'], names)
   # Of the trials that were scored on the same data, where there are most.
   found = max(found.values(), key=len, default={})
   points, losses = np.array([*found]), np.array([*found.values()])
-  k, size = len(names), len(found)
+  size, k = points.shape if found else (0, 0)
   base = found.get((0.0,) * k)
   if size < 3 * k or base is None:
     raise UserError(f'{studies} has {size} trials of all examples: search more of them first')

@@ -78,7 +78,7 @@ def test_surfaces_of_a_pool(done):
   pipeline.search(run)
   rows = read_jsonl(run.path / 'studies' / 'more' / 'trials.jsonl')
   base = losses_of(next(r for r in rows if not any(r['weights'].values()))['scores'], run.names)
-  pools = [make(run, 'mean') for make in (live, from_ledger)]
+  pools = [live(run, 'mean'), from_ledger(run.path, 'mean')]
   for row in rows:
     w = np.array([row['weights'][name] for name in run.vector_paths])
     for surface in pools:

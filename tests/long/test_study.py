@@ -35,7 +35,7 @@ MODELS = {
   *('base', 'average', 'cpt-de', 'cpt-fr', 'optimer', 'exported'),
   *(f'mixed-{name}' for name in ('uniform', 'ratios-1', 'searched', 'healed', 'uniform-longer')),
   *(f'merged-{name}' for name in ('task_arithmetic', 'ties', 'dare_linear')),
-  *(f'studies-{name}' for name in ('composite', 'gradient', 'tpe', 'worst', 'limited')),
+  *(f'studies-{name}' for name in ('composite', 'gradient', 'tpe', 'sobol', 'worst', 'limited')),
   *(f'studies-{name}' for name in ('blocks', 'modules', 'checkpoints', 'with_mixture')),
 }
 
