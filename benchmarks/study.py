@@ -5,7 +5,7 @@
 Reads benchmarks/results/study: run directories without their weights, as --keep copies them there
 from RUN (a directory that `optimer pipeline --gin_file=runs/study_270m.gin` filled). Prints the
 tables of RESULTS.md and, as the last line, one JSON object of the main comparison: the setting with
-most seeds. --write puts the tables into RESULTS.md, between their markers.
+most seeds. --write puts the tables into RESULTS.md, between their markers, and draws its pictures.
 
 A difference is of mean losses on test text, paired by example, over the tasks that count; where a
 setting has several seeds, their mean, and the standard error of that mean from the differences of
@@ -23,10 +23,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import print_found
+from matplotlib.figure import Figure
+
+from benchmarks import print_found, study_plots
 from optimer_jax.errors import UserError
 from optimer_jax.files import read_json, read_jsonl, write_json, write_text
 from optimer_jax.gemma3 import SIZES
+from optimer_jax.report.style import png
 
 KEPT = Path(__file__).parent / 'results' / 'study'
 RESULTS = Path(__file__).parents[1] / 'RESULTS.md'
@@ -119,18 +122,25 @@ class Kept:
     By the losses on development text on its way, with straight lines between them; None if it never
     was, or if they were not kept.
     """
-    rows = read_jsonl(self.path / 'mixed' / 'uniform' / 'metrics.jsonl')
-    way = [(row['step'], row['dev_bits_per_byte']) for row in rows if 'dev_bits_per_byte' in row]
-    goal = self.rows['optimer']['dev']
-    for (step, loss), (next_step, next_loss) in itertools.pairwise([(0, self.dev_of_base), *way]):
+    goal, way = self.rows['optimer']['dev'], self.way
+    for (step, loss), (next_step, next_loss) in itertools.pairwise([(0, self.dev_at(0)), *way]):
       if next_loss <= goal:
         return (step + (next_step - step) * (loss - goal) / (loss - next_loss)) / way[-1][0]
     return None
 
   @property
-  def dev_of_base(self) -> float:
-    first = next(row for row in self.trials('vizier') if not any(row['weights'].values()))
-    return statistics.fmean(first['scores'][task]['value'] for task in self.domains)
+  def way(self) -> list[tuple[int, float]]:
+    """The steps of the uniform mixture, and its loss on development text after them."""
+    rows = read_jsonl(self.path / 'mixed' / 'uniform' / 'metrics.jsonl')
+    return [(row['step'], row['dev_bits_per_byte']) for row in rows if 'dev_bits_per_byte' in row]
+
+  def dev_at(self, weight: float) -> float:
+    """The loss on development text if all weights are this: 0 is the base, 1/K the average."""
+    found = (row for row in self.trials('vizier') if {*row['weights'].values()} == {weight})
+    return self.loss(next(found))
+
+  def loss(self, trial: dict) -> float:
+    return statistics.fmean(trial['scores'][task]['value'] for task in self.domains)
 
   def costs(self, pattern: str, key: str) -> list[float]:
     """Of each stage whose name matches: what its attempts cost that did not find all done."""
@@ -370,10 +380,47 @@ def gap_table(groups: dict[str, Runs]) -> str:
   """What is left on test text of the gain on development text."""
   rows = []
   for name, runs in groups.items():
-    dev = statistics.fmean(run.dev_of_base - run.rows['optimer']['dev'] for run in runs)
+    dev = statistics.fmean(run.dev_at(0) - run.rows['optimer']['dev'] for run in runs)
     test = mean(runs, 'base') - mean(runs, 'optimer')
     rows.append([name, f'{dev:.4f}', f'{test:.4f}', f'{test / dev:.0%}'])
   return table(['gain over the base', 'development', 'test', 'left'], rows)
+
+
+def pictures(groups: dict[str, Runs]) -> dict[str, Figure]:
+  """By the name of their file."""
+  differences, ways, searches = {}, {}, {}
+  for name, runs in groups.items():
+    found = {
+      label: [run.difference('optimer', model) for run in runs]
+      for model, label in NAMES.items()
+      if model not in ('base', 'best-single', 'optimer')  # They would flatten the others.
+    }
+    differences[name] = {label: together(each) for label, each in found.items() if None not in each}
+    if all(run.way for run in runs):
+      ways[name] = [_way(run) for run in runs]
+    searches[name] = {
+      study: [_search(run, study) for run in runs]
+      for study in ('vizier', 'composite', 'gradient', 'tpe', 'sobol')
+      if all(run.trials(study) for run in runs)
+    }
+  found = {'ahead': study_plots.ahead(differences), 'searching': study_plots.searching(searches)}
+  return {**found, **({'mixing': study_plots.mixing(ways)} if ways else {})}
+
+
+def _way(run: Kept) -> tuple[study_plots.Points, dict[str, float]]:
+  a_step = run.training['batch'] * run.training['length']
+  merges = {
+    'base': run.dev_at(0),
+    'average': run.dev_at(1 / len(run.domains)),
+    'OptiMer': run.rows['optimer']['dev'],
+  }
+  return [(step * a_step, loss) for step, loss in run.way], merges
+
+
+def _search(run: Kept, study: str) -> study_plots.Points:
+  trials, forward = run.trials(study), run.trials('vizier')[0]['flops']
+  costs = itertools.accumulate(row['flops'] / forward for row in trials)
+  return [*zip(costs, map(run.loss, trials), strict=True)]
 
 
 TABLES: dict[str, Callable[[dict[str, Runs]], str]] = {
@@ -415,6 +462,8 @@ def measure(options: argparse.Namespace) -> dict:
     print(f'{name}\n\n{text}\n')
   if options.write:
     write_text(RESULTS, filled(RESULTS.read_text(encoding='utf-8'), made))
+    for name, figure in pictures(groups).items():
+      (KEPT / f'{name}.png').write_bytes(png(figure))
   most = max(groups.values(), key=len)
   ratio = cost_ratio(most, 'flops')
   names = {
