@@ -26,6 +26,7 @@ BOUND = {
   ),
   'runs/paper_27b.gin': ([], ["FOLDER='tests/data/paper'"]),
   'runs/study_270m.gin': ([], ["FOLDER='tests/data/paper'"]),
+  'runs/study_270m_main.gin': ([], ["FOLDER='tests/data/paper'"]),
 }
 
 
