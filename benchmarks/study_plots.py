@@ -38,9 +38,7 @@ def ahead(differences: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figur
   panel.set_yticks(range(len(models)), models)
   panel.set_ylim(len(models) - 0.5, -0.5)
   panel.grid(axis='x')
-  panel.set_xlabel(
-    'OptiMer minus it, bits per byte on test text, ± 2 s.e.'
-  )
+  panel.set_xlabel('OptiMer minus it, bits per byte on test text, ± 2 s.e.')
   figure.legend(loc='outside upper right', ncols=3)
   return figure
 

@@ -94,23 +94,27 @@ def _import_base(run: Run) -> None:
   path = run.path / 'base'
   read = (*run.datasets, *run.watched)
   settings = {'source': run.base, 'trim_vocabulary': run.trim_vocabulary}
+  texts = {
+    dataset.name if split == 'train' else f'{dataset.name} {split}': getattr(dataset, split)
+    for split in run.vocabulary_splits
+    for dataset in read
+  }
   if run.trim_vocabulary:
-    settings['vocabulary_of'] = [dataset.name for dataset in read]
+    settings['vocabulary_of'] = [*texts]
   if (path / 'manifest.json').exists():
     _same_settings(path, store.read_manifest(path, 'base').facts['settings'], settings)
     return
   with stage(run, 'import'), tempfile.TemporaryDirectory() as tokenizer_path:
     source = bases.open_source(run.base, run.cache_path)
     tokenizer_path = Path(tokenizer_path)
-    texts = [dataset.train for dataset in read]
     if source.write_tokenizer:
       source.write_tokenizer(tokenizer_path)
     else:
-      documents = (document.text for text in texts for document in text.documents())
+      documents = (document.text for dataset in read for document in dataset.train.documents())
       write_tiny_tokenizer(tokenizer_path, documents, source.config.vocab_size)
     kept = None
     if run.trim_vocabulary:
-      kept = choose_kept(Tokenizer.load(tokenizer_path), texts, run.trim_vocabulary)
+      kept = choose_kept(Tokenizer.load(tokenizer_path), texts.values(), run.trim_vocabulary)
     manifest = bases.import_base(source, path, tokenizer_path, kept, settings, run.arrays_of(path))
   for note in manifest.facts['notes']:
     say(f'base: {note}')

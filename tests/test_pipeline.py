@@ -16,6 +16,7 @@ from optimer_jax.data.datasets import Dataset, from_jsonl, synthetic
 from optimer_jax.data.tokenizer import Tokenizer
 from optimer_jax.errors import UserError
 from optimer_jax.files import read_json, read_jsonl
+from optimer_jax.run import tokenizer_of
 from optimer_jax.search.study import StudyConfig
 
 
@@ -96,6 +97,21 @@ def test_rebuilt_stages_are_bitwise_the_same(done, tmp_path):
   for place in ('vectors/north', 'vectors/east', 'merged/optimer'):
     one, two = (store.read_manifest(r.path / place) for r in (done, run))
     assert one.fingerprint == two.fingerprint
+
+
+def test_only_text_of_other_splits_is_spelt_in_bytes(done, tmp_path):
+  run = make_run(tmp_path / 'run', cache=done.cache, vocabulary_splits=('dev',))
+  pipeline.import_base(run)
+  own, full = tokenizer_of(run), Tokenizer.load(run.path / 'base')
+
+  def lengths(tokenizer, split):
+    texts = [each.text for data in run.datasets for each in getattr(data, split).documents()]
+    return [*map(len, tokenizer.encode(texts))]
+
+  assert lengths(own, 'dev') == lengths(full, 'dev')
+  assert sum(lengths(own, 'train')) > sum(lengths(full, 'train'))
+  with pytest.raises(UserError, match=r'base was made with vocabulary_of = .*north dev'):
+    pipeline.import_base(dataclasses.replace(run, vocabulary_splits=('train',)))
 
 
 def test_other_settings_in_the_same_directory_are_refused(done):
