@@ -5,6 +5,7 @@ the same settings, is not done again; one that was interrupted goes on where it 
 """
 
 import dataclasses
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -94,11 +95,10 @@ def _import_base(run: Run) -> None:
   path = run.path / 'base'
   read = (*run.datasets, *run.watched)
   settings = {'source': run.base, 'trim_vocabulary': run.trim_vocabulary}
-  texts = {
-    dataset.name if split == 'train' else f'{dataset.name} {split}': getattr(dataset, split)
-    for split in run.vocabulary_splits
-    for dataset in read
-  }
+  # Those of held-out text too: pieces that are left out are spelt in bytes, which a base has hardly
+  # seen, and what training then gains is how to spell.
+  splits = itertools.product(read, ('train', 'dev', 'test'))
+  texts = {f'{data.name} {split}': getattr(data, split) for data, split in splits}
   if run.trim_vocabulary:
     settings['vocabulary_of'] = [*texts]
   if (path / 'manifest.json').exists():
@@ -114,7 +114,7 @@ def _import_base(run: Run) -> None:
       write_tiny_tokenizer(tokenizer_path, documents, source.config.vocab_size)
     kept = None
     if run.trim_vocabulary:
-      kept = choose_kept(Tokenizer.load(tokenizer_path), texts.values(), run.trim_vocabulary)
+      kept = choose_kept(Tokenizer.load(tokenizer_path), texts.values())
     manifest = bases.import_base(source, path, tokenizer_path, kept, settings, run.arrays_of(path))
   for note in manifest.facts['notes']:
     say(f'base: {note}')

@@ -90,8 +90,7 @@ class Run:
   datasets: tuple[Dataset, ...]
   watched: tuple[Dataset, ...] = ()  # scored, not trained on: for what may be forgotten
   length: int = 1024  # tokens of a row, T
-  trim_vocabulary: int = 0  # keep tokens seen this often in the text; 0 keeps them all
-  vocabulary_splits: tuple[str, ...] = ('train',)  # in which text: train, dev, test
+  trim_vocabulary: bool = False  # keep only the tokens of the data sets' text
   dtype: str = 'float32'  # of activations and matrix products; bfloat16 on accelerators
   scan: bool | None = None  # scan over layers; default: everywhere but on CPU
   attention: str = 'auto'  # splash (fused, slow but on TPU) or plain; auto: splash on TPU

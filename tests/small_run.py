@@ -14,7 +14,7 @@ def make_run(directory, **changes) -> Run:
     base='random:tiny',
     datasets=(synthetic('north'), synthetic('east')),
     length=64,
-    trim_vocabulary=1,
+    trim_vocabulary=True,
     scan=True,
     training=TrainConfig(
       steps=6,

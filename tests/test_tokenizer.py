@@ -111,14 +111,6 @@ def test_trimmed(directory):
   assert kept[trimmed.bos] == full.bos and kept[trimmed.eos] == full.eos
 
 
-def test_rare_ids_are_left_out(directory):
-  full = Tokenizer.load(directory)
-  often, once = ['the cat'] * 5, ['です']
-  assert len(choose_kept(full, [Texts(*often, *once)], least=2)) == len(
-    choose_kept(full, [Texts(*often)])
-  )
-
-
 def test_digest(directory, tmp_path):
   full = Tokenizer.load(directory)
   kept = choose_kept(full, [Texts(TEXTS[0])])

@@ -133,7 +133,7 @@ def described(objective: str, trials: int) -> Run:
     'Run.dtype': 'float32' if jax.default_backend() == 'cpu' else 'bfloat16',
   }
   if MODEL == '1b':
-    bindings |= {'BATCH': 4, 'LENGTH': 512, 'Run.trim_vocabulary': 2}  # for 16 GB
+    bindings |= {'BATCH': 4, 'LENGTH': 512, 'Run.trim_vocabulary': True}  # for 16 GB
   return configs.read_run(files, [f'{name} = {value!r}' for name, value in bindings.items()])
 
 

@@ -170,18 +170,16 @@ class Tokenizer:
     return rows[np.repeat(starts[ids], count) + within]
 
 
-def choose_kept(tokenizer: Tokenizer, sources: Iterable[Source], least: int = 1) -> np.ndarray:
+def choose_kept(tokenizer: Tokenizer, sources: Iterable[Source]) -> np.ndarray:
   """The ascending ids, int32[V'], that a model trimmed to the texts of `sources` needs.
 
-  Those that occur at least `least` times in the texts, all bytes, and the special pieces that have
-  a use. Gemma's thousands of `<unused…>` pieces occur in no text and are left out. `tokenizer` is
-  the full one.
+  Those that occur in the texts, all bytes, and the special pieces that have a use. Gemma's
+  thousands of `<unused…>` pieces occur in no text and are left out. `tokenizer` is the full one.
   """
-  seen = np.zeros(tokenizer.size, np.int64)
+  kept = np.zeros(tokenizer.size, bool)
   for source in sources:
     for texts in _batches(document.text for document in source.documents()):
-      seen += np.bincount(np.concatenate(tokenizer.encode(texts)), minlength=tokenizer.size)
-  kept = seen >= least
+      kept[np.concatenate(tokenizer.encode(texts))] = True
   kept[[tokenizer.pieces.token_to_id(piece) for piece in BYTES]] = True
   for number in tokenizer._special:
     kept[number] = not tokenizer.pieces.id_to_token(number).startswith('<unused')

@@ -25,7 +25,7 @@ SMALL = {
   'TrainConfig.warmup': 2,
   'TrainConfig.keep_every': 3,
   'TrainConfig.learning_rate': 3e-3,
-  'Run.trim_vocabulary': 1,
+  'Run.trim_vocabulary': True,
   'Baselines.coefficients': (0.3, 0.8),
   'Baselines.densities': (0.5,),
   'EvalConfig.dev_rows': 8,
