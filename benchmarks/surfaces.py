@@ -132,7 +132,7 @@ def from_ledger(directory: Path, objective: str) -> Surface:
   """
   studies, found = directory / 'studies', {}
   for row in (row for path in studies.glob('*/trials.jsonl') for row in read_jsonl(path)):
-    names = sorted(row['weights'])
+    names = [*row['weights']]
     if not {*names} <= {*row['scores']} or row.get('numbers') or 'parts' in row:
       continue
     of = found.setdefault(json.dumps([row['pool'], row['tasks'], names]), {})
