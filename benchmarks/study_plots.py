@@ -5,11 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from optimer_jax.report.style import INK, LIGHT, MUTED, WIDTH, styled
+from optimer_jax.report.style import AVERAGE, INK, OPTIMER, WIDTH, looks, styled
 
 Points = Sequence[tuple[float, float]]
-_COLORS = [LIGHT[f'd{i}'] for i in range(8)]
-_MARKS = 'osD^vPXh'
 
 
 @styled
@@ -23,6 +21,7 @@ def ahead(differences: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figur
   figure = Figure(figsize=(WIDTH, 0.27 * len(models) + 1.0))
   panel = figure.subplots()
   panel.axvline(0, color=INK, linewidth=0.9)
+  look = looks([*differences])
   for i, (setting, found) in enumerate(differences.items()):
     rows = [models.index(model) + 0.16 * (i - (len(differences) - 1) / 2) for model in found]
     values, errors = zip(*found.values(), strict=True)
@@ -31,9 +30,8 @@ def ahead(differences: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figur
       rows,
       xerr=[2 * error for error in errors],
       linestyle='none',
-      marker=_MARKS[i % 8],
-      color=_COLORS[i % 8],
       label=setting,
+      **look[setting].kwargs(),
     )
   panel.set_yticks(range(len(models)), models)
   panel.set_ylim(len(models) - 0.5, -0.5)
@@ -53,15 +51,16 @@ def mixing(ways: Mapping[str, Sequence[tuple[Points, Mapping[str, float]]]]) -> 
   """
   figure = Figure(figsize=(WIDTH, 2.9))
   panels = figure.subplots(1, len(ways), squeeze=False)[0]
+  mixture = looks(['uniform mixture'])['uniform mixture']
   for panel, (setting, seeds) in zip(panels, ways.items(), strict=True):
     panel.set_title(setting)
     for seed, (way, merges) in enumerate(seeds):
       tokens, losses = zip(*[(0, merges['base']), *way], strict=True)
-      mixture = {'color': _COLORS[0], 'marker': 'o', 'label': None if seed else 'uniform mixture'}
-      panel.plot([each / 1000 for each in tokens], losses, **mixture)
-      for name, color, line in (('average', MUTED, '--'), ('OptiMer', INK, '-')):
+      label = None if seed else 'uniform mixture'
+      panel.plot([each / 1000 for each in tokens], losses, label=label, **mixture.kwargs())
+      for name, look, line in (('average', AVERAGE, '--'), ('OptiMer', OPTIMER, '-')):
         label = None if seed else name
-        panel.axhline(merges[name], color=color, linestyle=line, label=label)
+        panel.axhline(merges[name], color=look.color, linestyle=line, label=label)
     panel.set_xlabel('thousand tokens, all data sets')
     panel.grid(axis='y')
   panels[0].set_ylabel('bits per byte, development')
@@ -81,12 +80,13 @@ def searching(found: Mapping[str, Mapping[str, Sequence[Points]]]) -> Figure:
   panels = figure.subplots(1, len(found), squeeze=False)[0]
   for panel, (setting, samplers) in zip(panels, found.items(), strict=True):
     panel.set_title(setting)
-    for i, (sampler, seeds) in enumerate(samplers.items()):
+    look = looks([*samplers])
+    for sampler, seeds in samplers.items():
       for seed, trials in enumerate(seeds):
         costs, losses = zip(*trials, strict=True)
         best = [*itertools.accumulate(losses, min)]
-        look = {'color': _COLORS[i % 8], 'label': None if seed else sampler}
-        panel.step(costs, best, where='post', marker=_MARKS[i % 8], markersize=3, **look)
+        label = None if seed else sampler
+        panel.step(costs, best, where='post', ms=3, label=label, **look[sampler].kwargs())
     panel.set_xlabel('forward evaluations')
     panel.grid(axis='y')
   panels[0].set_ylabel('best so far, bits per byte, development')

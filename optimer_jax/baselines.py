@@ -190,7 +190,7 @@ def _tuned(run: Run, method: str) -> tuple[dict, int, float]:
 
 def _searches(run: Run) -> Iterator[dict]:
   """The answers of the run's study and of those of `Run.baselines`."""
-  config = run.baselines
+  config, whole = run.baselines, len(run.names) * _tokens(run, run.training)
   asked = [(run.vectors, each) for each in (run.study, *config.studies)]
   if config.checkpoints:
     more = {f'{name}-{step}': str(p) for name in run.names for step, p in kept_of(run, name)}
@@ -217,7 +217,7 @@ def _searches(run: Run) -> Iterator[dict]:
       'kind': 'search',
       'dev': _mean(run, best[best['chosen']]['scores']),
       'tried': best['evaluations'],
-      'tokens': (1 + (study is config.with_mixture)) * len(run.names) * _tokens(run, run.training),
+      'tokens': 2 * whole if study is config.with_mixture else whole,
       'settings': {
         'sampler': study.sampler,
         'objective': best['objective'],
