@@ -184,7 +184,7 @@ def _train(
         arrays=run.arrays_of(snapshot),
       )
 
-    leaves, spent = train(
+    leaves = train(
       training,
       model,
       lambda: store.values(store.open_leaves(first or run.path / 'base')[1]),
@@ -193,11 +193,11 @@ def _train(
       name=name,
       identity={**identity, 'data': digest},
       mesh=run.mesh,
+      spent=cost,
       evaluate=held_out,
       keep=keep,
       arrays=run.arrays_of(work),
     )
-    cost.update({key: spent[key] for key in ('flops', 'tokens')})
     manifest = store.save(
       path,
       'cpt',

@@ -126,7 +126,8 @@ def test_costs_of_an_error_and_of_a_kill_are_counted(tmp_path):
 from pathlib import Path
 import time
 from optimer_jax.report.costs import account
-with account(Path({str(tmp_path)!r}), 'two'):
+with account(Path({str(tmp_path)!r}), 'two') as cost:
+  cost['flops'] = 5.0
   time.sleep(60)
 """
   process = subprocess.Popen([sys.executable, '-c', code])
@@ -141,6 +142,6 @@ with account(Path({str(tmp_path)!r}), 'two'):
   rows = [json.loads(line) for line in (tmp_path / 'costs.jsonl').read_text().splitlines()]
   assert [row['stage'] for row in rows] == ['one', 'two', 'three']
   assert rows[0]['interrupted'] and rows[0]['tokens'] == 7
-  assert rows[1]['interrupted'] and rows[1]['seconds'] >= 2
+  assert rows[1]['interrupted'] and rows[1]['seconds'] >= 2 and rows[1]['flops'] == 5
   assert 'interrupted' not in rows[2] and rows[2]['peak_rss_gb'] > 0
   assert not beat.exists()

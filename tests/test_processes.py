@@ -51,7 +51,7 @@ def main(
     return {'looks': len(looks)}
 
   try:
-    leaves, _ = train(
+    leaves = train(
       config,
       Model(SMALL),
       lambda: init_leaves(SMALL, 0).items(),
@@ -60,6 +60,7 @@ def main(
       name='random',
       identity={'base': 'a'},
       mesh=MeshConfig(*map(int, mesh.split(','))),
+      spent={},
       evaluate=None if steps else evaluate,
       arrays=arrays,
     )

@@ -70,7 +70,9 @@ def dataset(vocabulary: int, seed: int = 0) -> grain.MapDataset:
   return grain.MapDataset.source(Random(vocabulary)).shuffle(seed=seed).repeat()
 
 
-def run(model, directory, config=CONFIG, evaluate=None, identity=None, leaves=None, arrays=''):
+def run(
+  model, directory, config=CONFIG, evaluate=None, identity=None, leaves=None, arrays='', spent=None
+):
   return train(
     config,
     model,
@@ -80,6 +82,7 @@ def run(model, directory, config=CONFIG, evaluate=None, identity=None, leaves=No
     name='random',
     identity=identity or {'base': 'a'},
     mesh=MeshConfig(data=1),
+    spent={} if spent is None else spent,
     evaluate=evaluate,
     arrays=arrays,
   )
@@ -121,11 +124,12 @@ def same(a, b):
 @pytest.fixture(scope='module')
 def unbroken(small, tmp_path_factory):
   directory = tmp_path_factory.mktemp('unbroken')
-  leaves, spent = run(Model(small), directory)
+  spent = {}
+  leaves = run(Model(small), directory, spent=spent)
   return {name: np.asarray(leaf) for name, leaf in leaves.items()}, spent, directory
 
 
-def test_loss_falls_and_metrics_are_written(unbroken):
+def test_loss_falls_and_metrics_are_written(small, unbroken):
   _, spent, directory = unbroken
   rows = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
   assert [row['step'] for row in rows] == list(range(1, CONFIG.steps + 1))
@@ -133,7 +137,9 @@ def test_loss_falls_and_metrics_are_written(unbroken):
   assert set(rows[0]) >= {'loss', 'tokens_per_s', 'grad_norm', 'update_norm', 'learning_rate'}
   assert rows[0]['learning_rate'] == 0 and rows[2]['learning_rate'] == pytest.approx(1e-2)
   assert list(directory.glob('events.out.tfevents.*'))
-  assert spent['steps'] == CONFIG.steps and 0 < spent['tokens'] < CONFIG.steps * 4 * LENGTH
+  slots = CONFIG.steps * 4 * LENGTH
+  assert spent['flops'] == 3 * small.flops_per_token(LENGTH) * slots
+  assert 0 < spent['tokens'] < slots
 
 
 def test_step_is_adamw_on_the_mean_loss(small):
@@ -208,15 +214,16 @@ def test_resume_is_bitwise(small, unbroken, tmp_path):
 
   interrupt.seen = 0
   with pytest.raises(Stop):
-    run(Model(small), tmp_path, evaluate=interrupt)
-  leaves, spent = run(Model(small), tmp_path)
-  assert spent['steps'] == 6
+    run(Model(small), tmp_path, evaluate=interrupt, spent=(first := {}))
+  leaves = run(Model(small), tmp_path, spent=(second := {}))
+  a_step = unbroken[1]['flops'] / CONFIG.steps
+  assert (first['flops'], second['flops']) == (8 * a_step, 6 * a_step)
   assert same(unbroken[0], leaves)
   rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert [row['step'] for row in rows if 'loss' in row] == list(range(1, CONFIG.steps + 1))
   # A finished run gives its result again without a step.
-  leaves, spent = run(Model(small), tmp_path)
-  assert spent['steps'] == 0 and same(unbroken[0], leaves)
+  leaves = run(Model(small), tmp_path, spent=(third := {}))
+  assert third == {'flops': 0, 'tokens': 0} and same(unbroken[0], leaves)
 
 
 def test_kill_9_and_resume_is_bitwise(small, unbroken, tmp_path):
@@ -227,7 +234,7 @@ from pathlib import Path
 from optimer_jax.gemma3 import Gemma3Config
 from tests.test_training import *
 small = Gemma3Config(**{dataclasses.asdict(small)})
-leaves, spent = run(Model(small), Path({str(tmp_path)!r}) / 'run')
+leaves = run(Model(small), Path({str(tmp_path)!r}) / 'run')
 np.savez({str(tmp_path / 'out.npz')!r}, **leaves)
 """
   metrics = tmp_path / 'run' / 'metrics.jsonl'
@@ -281,7 +288,7 @@ def test_pieces_and_meshes_that_do_not_divide(small, tmp_path):
 
 
 def test_layouts_train_alike(small, unbroken, tmp_path):
-  leaves, _ = run(Model(small, scan=True), tmp_path)
+  leaves = run(Model(small, scan=True), tmp_path)
   for name, leaf in unbroken[0].items():
     difference = np.abs(np.asarray(leaf) - np.asarray(leaves[name]))
     assert np.quantile(difference, 0.99) < 1e-4, name

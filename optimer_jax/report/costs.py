@@ -20,7 +20,7 @@ BEAT_S = 2.0
 def account(run: Path, stage: str, worker: str = '') -> Iterator[dict]:
   """Measures a stage; the block may add `flops`, `tokens` … to the dict that it is given.
 
-  While the stage runs, its time so far is written to RUN/.stage.json every two seconds. A stage
+  While the stage runs, what it cost so far is written to RUN/.stage.json every two seconds. A stage
   that was killed is entered from there, marked `interrupted`, when the next one begins.
   """
   running = run / f'.stage{worker and "-"}{worker}.json'  # Workers share a stage.
@@ -43,7 +43,7 @@ def account(run: Path, stage: str, worker: str = '') -> Iterator[dict]:
     while not done.wait(0.1):
       now = measured()
       if now['seconds'] - written >= BEAT_S:
-        write_text(running, json.dumps({**now, 'interrupted': True}))
+        write_text(running, json.dumps({**now, **row, 'interrupted': True}))
         written = now['seconds']
 
   thread = threading.Thread(target=beat, daemon=True)

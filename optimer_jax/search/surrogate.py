@@ -1,16 +1,18 @@
 """A model of every task's loss as a function of the merge weights, values and gradients alike.
 
-Near the base the losses of merged models are almost quadratic in the weights. A task's loss is
-therefore a Gaussian process whose prior is a polynomial of degree two plus a smooth residual:
+The losses of merged models are almost quadratic in the weights, but for a steep fall at the base: a
+tenth of a vector can do most of what all of it does. A task's loss is therefore a Gaussian process
+whose prior is a polynomial of degree two plus a residual that varies faster the nearer the base:
 
-    k(x, y) = c + x.y + a (x.y)^2 + b (|x|^2/2) (|y|^2/2) + r RQ(|x - y| / l)
+    k(x, y) = c + x.y + a (x.y)^2 + b (|x|^2/2) (|y|^2/2) + r RQ(|u(x) - u(y)| / l)
+    u(x) = asinh(x / s) / asinh(1 / s), of each weight
 
 where x are weights in units of the box's width, so that the base is the origin; b lets all
 directions curve alike, RQ is the rational quadratic kernel, of all length scales about l. Gradients
-are observed through the kernel's derivatives. The tasks share a, b, r, l and the noise, so that one
-factorisation serves them all, and a handful of trials is enough to fit them by marginal likelihood
-under log-normal priors; each task has a scale of its own, integrated out. Only tasks with gradients
-and tasks without any (bits per byte and accuracy) are fitted apart.
+are observed through the kernel's derivatives. The tasks share a, b, r, l, s and the noise, so that
+one factorisation serves them all, and a handful of trials is enough to fit them by marginal
+likelihood under log-normal priors; each task has a scale of its own, integrated out. Only tasks
+with gradients and tasks without any (bits per byte and accuracy) are fitted apart.
 
 An objective is any function of the losses that JAX can trace. What is not known of the losses is
 carried through it by samples: a maximum or a penalty is then treated as what it is.
@@ -30,10 +32,10 @@ from scipy.stats import qmc
 
 from optimer_jax.search.descent import descend
 
-# Medians and spreads of the log-normal priors of a, b, r, l (times the square root of K), and the
-# noise of values and of gradients.
-_MEDIAN = (0.3, 1.0, 0.03, 0.7, 0.01, 0.002)
-_SPREAD = (1.0, 1.0, 1.5, 0.5, 2.0, 2.0)
+# Medians and spreads of the log-normal priors of a, b, r, l (times the square root of K), the noise
+# of values and of gradients, and s.
+_MEDIAN = (0.3, 1.0, 0.03, 0.7, 0.01, 0.002, 0.2)
+_SPREAD = (1.0, 1.0, 1.5, 0.5, 2.0, 2.0, 0.7)
 _LENGTH_SPREAD = 0.3  # Of the directions' lengths, whose median is 1.
 _REACH = 3.0  # Hyperparameters stay within so many spreads of the median.
 _CONSTANT = 10.0  # c: about the mean of the values, which is subtracted, little is known.
@@ -55,7 +57,7 @@ class Process:
     weights: [N, J], the covariance's inverse times the centred observations.
     whitener: [N, N], the inverse of the covariance's triangular factor, in units of 1 / `scale`.
     centre, scale: [J], of the tasks' losses.
-    hyper: [6 + K], logarithms of a, b, r, l, both noises and the directions' lengths.
+    hyper: [7 + K], logarithms of a, b, r, l, both noises, s and the directions' lengths.
     lower, upper: [K], the box.
   """
 
@@ -122,7 +124,7 @@ def fit(
     stderrs: [n, J], by how much more than the noise that all values have, which is fitted, each is
       uncertain; None if none is.
     gradients: [n, J, K], dL_j/dw_k, NaN where there are none; None if nowhere is one.
-    hyper: of each process, [6 + K], the logarithms of another fit's hyperparameters, to be kept.
+    hyper: of each process, [7 + K], the logarithms of another fit's hyperparameters, to be kept.
   """
   points, values = np.asarray(points, float), np.asarray(values, float)
   lower, upper = np.asarray(lower, float), np.asarray(upper, float)
@@ -238,9 +240,9 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
 def _kernel(hyper, x, y):
   a, b, r, l = jnp.exp(hyper[:4])
   l = l * np.sqrt(len(x))
-  lengths = jnp.exp(hyper[6:])
+  s, lengths = jnp.exp(hyper[6]), jnp.exp(hyper[7:])
   x, y = x * lengths, y * lengths
-  dot, away = x @ y, x - y
+  dot, away = x @ y, (jnp.arcsinh(x / s) - jnp.arcsinh(y / s)) / jnp.arcsinh(1 / s)
   bowl = b * (x @ x) * (y @ y) / 4
   residual = r * (1 + (away @ away) / (2 * _SHAPE * l**2)) ** -_SHAPE
   return _CONSTANT + dot + a * dot**2 + bowl + residual

@@ -148,10 +148,11 @@ def train(
   name: str,
   identity: Mapping[str, str],
   mesh: MeshConfig,
+  spent: dict,
   evaluate: Callable[[dict], Mapping[str, float]] | None = None,
   keep: Callable[[int, dict[str, jax.Array]], None] | None = None,
   arrays: str = '',
-) -> tuple[dict[str, jax.Array], dict]:
+) -> dict[str, jax.Array]:
   """Trains to the last step, from the last saved state if there is one.
 
   Several processes train together, on the devices of all: each calls this with the same arguments
@@ -169,12 +170,13 @@ def train(
     identity: what the result depends on beside `config` (fingerprints of base and data); a
       directory begun with another identity is refused.
     mesh: devices to use.
+    spent: 'flops' and 'tokens' are counted up in it, of the steps that this call makes.
     evaluate: held-out scores of parameters, every `evaluate_every` steps and at the end.
     keep: what to do with the step and the leaves every `keep_every` steps before the last; a run
       that is resumed may come to a step again, with the same leaves.
 
   Returns:
-    The trained leaves, and what was spent in this call: steps, tokens, seconds.
+    The trained leaves.
 
   Raises:
     UserError: another run's directory, a warmup longer than the run, a batch that the mesh or A
@@ -196,6 +198,7 @@ def train(
       f'fsdp={devices.shape["fsdp"]} devices: change batch, accumulate or the mesh'
     )
   place, every = _states(directory, arrays), config.keep_states_every
+  spent |= {'flops': 0.0, 'tokens': 0}
   with jax.set_mesh(devices), states.saved(place, every) as saves:
     start, adamw = 0, optimizer(config)
     if saves.latest is None:
@@ -205,7 +208,7 @@ def train(
       state, start = states.restore(saves, abstract, identity)
       say(f'{name}: resumed at step {start}')
     with contextlib.closing(MetricsWriter(directory, start)) as writer, preemption() as preempted:
-      state, spent = _loop(
+      state = _loop(
         config,
         model,
         state,
@@ -218,8 +221,9 @@ def train(
         batch_sharding(devices),
         name,
         preempted,
+        spent,
       )
-  return to_leaves(model.config, state['params']), spent
+  return to_leaves(model.config, state['params'])
 
 
 def compiled_step(model: Model, config: TrainConfig, state: dict, batch: dict) -> Callable:
@@ -230,17 +234,17 @@ def compiled_step(model: Model, config: TrainConfig, state: dict, batch: dict) -
 
 
 def _loop(
-  config, model, state, start, dataset, save, writer, evaluate, keep, rows, name, preempted
+  config, model, state, start, dataset, save, writer, evaluate, keep, rows, name, preempted, spent
 ):
   length = dataset[0]['tokens'].shape[-1]
   flops_per_step = 3 * model.config.flops_per_token(length) * config.batch * length
   rates = np.asarray(schedule(config)(np.arange(config.steps)))  # a step's would wait in its queue
-  began = last = saved = time.monotonic()
-  tokens, waiting = 0, None
+  last = saved = time.monotonic()
+  waiting = None
 
   def settle():
     """Waits for the last queued step, checks its loss and writes it down."""
-    nonlocal last, tokens, waiting
+    nonlocal last, waiting
     if waiting is None:
       return
     step, metrics = waiting
@@ -252,7 +256,8 @@ def _loop(
         f'{step} (batch {step - 1} of seed {config.seed}): lower the learning rate or look at '
         'that batch'
       )
-    tokens += int(values['targets'])
+    spent['flops'] += flops_per_step
+    spent['tokens'] += int(values['targets'])
     extra = {}
     if (mfu := model_flops_utilisation(flops_per_step / (now - last))) is not None:
       extra['mfu'] = mfu
@@ -308,12 +313,7 @@ def _loop(
       raise Preempted(f'{name} was told to stop and is saved at step {step}')
     look(step)
   settle()
-  return state, {
-    'steps': config.steps - start,
-    'tokens': tokens,
-    'flops': flops_per_step * (config.steps - start),
-    'seconds': time.monotonic() - began,
-  }
+  return state
 
 
 def batch_of(
