@@ -134,10 +134,18 @@ class Kept:
     rows = read_jsonl(self.path / 'mixed' / 'uniform' / 'metrics.jsonl')
     return [(row['step'], row['dev_bits_per_byte']) for row in rows if 'dev_bits_per_byte' in row]
 
+  def uniform(self, study: str, weight: float) -> dict:
+    """The trial whose weights are all this: 0 is the base, 1/K the average."""
+    return next(row for row in self.trials(study) if {*row['weights'].values()} == {weight})
+
   def dev_at(self, weight: float) -> float:
-    """The loss on development text if all weights are this: 0 is the base, 1/K the average."""
-    found = (row for row in self.trials('vizier') if {*row['weights'].values()} == {weight})
-    return self.loss(next(found))
+    """The loss on development text if all weights are this."""
+    return self.loss(self.uniform('vizier', weight))
+
+  def slopes(self, weight: float) -> dict[str, dict[str, float]]:
+    """dL/dw of every task that counts, by task and vector, if all weights are this."""
+    found = self.uniform('gradient', weight)['gradients']
+    return {task: found[task] for task in self.domains}
 
   def loss(self, trial: dict) -> float:
     return statistics.fmean(trial['scores'][task]['value'] for task in self.domains)
@@ -376,6 +384,24 @@ def geometry_table(groups: dict[str, Runs]) -> str:
   )
 
 
+def slopes_table(groups: dict[str, Runs]) -> str:
+  """What more of a vector does to the loss of its own data set, and to those of the others."""
+  rows = []
+  for name, runs in groups.items():
+    if not all(run.trials('gradient') for run in runs):
+      continue
+    for where in ('base', 'average'):
+      found = [run.slopes(1 / len(run.domains) if where == 'average' else 0.0) for run in runs]
+      cells = [f'{name}: at the {where}']
+      for vector in runs[0].domains:
+        own = statistics.fmean(each[vector][vector] for each in found)
+        whole = statistics.fmean(sum(row[vector] for row in each.values()) for each in found)
+        cells.append(f'{own:+.3f}, {whole - own:+.3f}')
+      rows.append(cells)
+  head = 'bits per byte for 1 more of a weight: own data set, the others together'
+  return table([head, *next(iter(groups.values()))[0].domains], rows)
+
+
 def gap_table(groups: dict[str, Runs]) -> str:
   """What is left on test text of the gain on development text."""
   rows = []
@@ -430,6 +456,7 @@ TABLES: dict[str, Callable[[dict[str, Runs]], str]] = {
   'again': again_table,
   'watched': watched_table,
   'geometry': geometry_table,
+  'slopes': slopes_table,
   'gap': gap_table,
 }
 
