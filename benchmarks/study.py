@@ -154,7 +154,8 @@ class Kept:
     """Of each stage whose name matches: what its attempts cost that did not find all done."""
     found = {}
     for row in read_jsonl(self.path / 'costs.jsonl'):
-      if re.fullmatch(pattern, row['stage']) and row.get('flops') != 0:
+      worked = row.get('flops') != 0 or row.get('interrupted')
+      if worked and re.fullmatch(pattern, row['stage']):
         found[row['stage']] = found.get(row['stage'], 0.0) + row.get(key, 0.0)
     return [*found.values()]
 
@@ -390,8 +391,8 @@ def slopes_table(groups: dict[str, Runs]) -> str:
   for name, runs in groups.items():
     if not all(run.trials('gradient') for run in runs):
       continue
-    for where in ('base', 'average'):
-      found = [run.slopes(1 / len(run.domains) if where == 'average' else 0.0) for run in runs]
+    for where, total in (('base', 0), ('average', 1)):
+      found = [run.slopes(total / len(run.domains)) for run in runs]
       cells = [f'{name}: at the {where}']
       for vector in runs[0].domains:
         own = statistics.fmean(each[vector][vector] for each in found)

@@ -62,12 +62,12 @@ def test_a_steep_fall_at_the_base_is_no_slope_elsewhere():
     values = 2 + left.sum(2) + 0.2 * w.sum(1, keepdims=True) ** 2
     return values, -10 * left / (1 + 10 * w[:, None]) + 0.4 * w.sum(1)[:, None, None]
 
-  values, slopes = steep(np.array([[0.0] * K, [1 / K] * K]))
-  model = surrogate.fit(np.array([[0.0] * K, [1 / K] * K]), values, LOWER, UPPER, gradients=slopes)
-  points = somewhere(500, seed=9)
+  seeds, points = np.array([[0.0] * K, [1 / K] * K]), somewhere(500, seed=9)
+  values, slopes = steep(seeds)
+  model = surrogate.fit(seeds, values, LOWER, UPPER, gradients=slopes)
   truth = steep(points)[0]
   errors = surrogate.predict(model, points)[0] - truth
-  assert np.sqrt((errors**2).mean()) < 0.2 * np.ptp(truth)  # 0.33 if all weights counted alike
+  assert np.sqrt((errors**2).mean()) < 0.2 * np.ptp(truth)
   x, *_ = surrogate.minimise(model, jnp.mean, -1.0)
   best = truth.mean(1).min()
   assert steep(x[None])[0].mean() - best < 0.04 * (values[0].mean() - best)
