@@ -214,10 +214,15 @@ def together(differences: Sequence[dict]) -> tuple[float, float]:
   return statistics.fmean(values), max(of_examples, of_seeds)
 
 
+def having(runs: Runs, name: str) -> Runs:
+  """The seeds that have a model; more seeds may have the main comparison alone."""
+  return [run for run in runs if run.evaluation(name)]
+
+
 def mean(runs: Runs, name: str) -> float | None:
-  """The mean test loss of a model over the seeds; None if one lacks it."""
-  found = [run.evaluation(name) for run in runs]
-  return None if None in found else statistics.fmean(each['mean'] for each in found)
+  """The mean test loss of a model over the seeds that have it; None if none has."""
+  found = [run.evaluation(name)['mean'] for run in having(runs, name)]
+  return statistics.fmean(found) if found else None
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -226,9 +231,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   return '\n'.join([line(head), line(['---', *['---:'] * (len(head) - 1)]), *map(line, rows)])
 
 
-def signed(pairs: Sequence[dict | None]) -> str:
-  """Nothing where a difference is not known."""
-  return '' if None in pairs else '{:+.4f} ± {:.4f}'.format(*together(pairs))
+def ahead(runs: Runs, name: str) -> tuple[float, float] | None:
+  """OptiMer's loss minus a model's, over the seeds that have both; None if none is known."""
+  found = [run.difference('optimer', name) for run in having(runs, name)]
+  return None if not found or None in found else together(found)
+
+
+def signed(difference: tuple[float, float] | None) -> str:
+  return '' if difference is None else '{:+.4f} ± {:.4f}'.format(*difference)
 
 
 def scores_table(groups: dict[str, Runs]) -> str:
@@ -237,9 +247,10 @@ def scores_table(groups: dict[str, Runs]) -> str:
   for name, label in NAMES.items():
     cells = [label]
     for runs in groups.values():
-      score = mean(runs, name)
-      cells.append('–' if score is None else f'{score:.4f}')
-      cells.append(signed([run.difference('optimer', name) for run in runs]))
+      score, seeds = mean(runs, name), len(having(runs, name))
+      fewer = f' ({seeds} of {len(runs)} seeds)' if 0 < seeds < len(runs) else ''
+      cells.append('–' if score is None else f'{score:.4f}{fewer}')
+      cells.append(signed(ahead(runs, name)))
     rows.append(cells)
   heads = [head for name in groups for head in (name, 'OptiMer minus it')]
   return table(['mean bits per byte on test text', *heads], rows)
@@ -331,13 +342,14 @@ def again_table(groups: dict[str, Runs]) -> str:
   rows = []
   for name, runs in groups.items():
     for study, what in (('worst', 'worst domain / base'), ('limited', 'mean, English no worse')):
-      if any(run.evaluation(f'studies-{study}') is None for run in runs):
+      some = having(runs, f'studies-{study}')
+      if not some:
         continue
       values = []
       for model in ('optimer', f'studies-{study}'):
-        each = [_objective(run, study, model) for run in runs]
+        each = [_objective(run, study, model) for run in some]
         values.append(f'{statistics.fmean(each):.4f}')
-      asked = f'{runs[0].best(study)["evaluations"]} after {runs[0].best("vizier")["evaluations"]}'
+      asked = f'{some[0].best(study)["evaluations"]} after {some[0].best("vizier")["evaluations"]}'
       rows.append([f'{name}: {what}', *values, asked])
   return table(['objective on test text', 'the first answer', 'searched again', 'trials'], rows)
 
@@ -358,7 +370,7 @@ def watched_table(groups: dict[str, Runs]) -> str:
     for task in sorted({*runs[0].evaluation('base')['scores']} - {*runs[0].domains}):
       cells = [f'{group}: {task}']
       for name in names:
-        known = [run.bits(name, task) for run in runs if run.evaluation(name)]
+        known = [run.bits(name, task) for run in having(runs, name)]
         cells.append(f'{statistics.fmean(known):.4f}' if known else '–')
       rows.append(cells)
   return table(['bits per byte', *names.values()], rows)
@@ -389,10 +401,11 @@ def slopes_table(groups: dict[str, Runs]) -> str:
   """What more of a vector does to the loss of its own data set, and to those of the others."""
   rows = []
   for name, runs in groups.items():
-    if not all(run.trials('gradient') for run in runs):
+    some = having(runs, 'studies-gradient')
+    if not some:
       continue
     for where, total in (('base', 0), ('average', 1)):
-      found = [run.slopes(total / len(run.domains)) for run in runs]
+      found = [run.slopes(total / len(run.domains)) for run in some]
       cells = [f'{name}: at the {where}']
       for vector in runs[0].domains:
         own = statistics.fmean(each[vector][vector] for each in found)
@@ -418,17 +431,16 @@ def pictures(groups: dict[str, Runs]) -> dict[str, Figure]:
   differences, ways, searches = {}, {}, {}
   for name, runs in groups.items():
     found = {
-      label: [run.difference('optimer', model) for run in runs]
+      label: ahead(runs, model)
       for model, label in NAMES.items()
       if model not in ('base', 'best-single', 'optimer')  # They would flatten the others.
     }
-    differences[name] = {label: together(each) for label, each in found.items() if None not in each}
+    differences[name] = {label: each for label, each in found.items() if each}
     if all(run.way for run in runs):
       ways[name] = [_way(run) for run in runs]
     searches[name] = {
-      study: [_search(run, study) for run in runs]
+      study: [_search(run, study) for run in runs if run.trials(study)]
       for study in ('vizier', 'composite', 'gradient', 'tpe', 'sobol')
-      if all(run.trials(study) for run in runs)
     }
   found = {'ahead': study_plots.ahead(differences), 'searching': study_plots.searching(searches)}
   return {**found, **({'mixing': study_plots.mixing(ways)} if ways else {})}

@@ -39,7 +39,8 @@ def main(directory: str, attention: str, keeps: str) -> None:
     began = time.perf_counter()
     for group in optimizer.param_groups:
       group['lr'] = rate
-    loss = model(input_ids=now, labels=now).loss
+    with torch.autocast('cpu', torch.bfloat16, enabled=settings['dtype'] == 'bfloat16'):
+      loss = model(input_ids=now, labels=now).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings['clip'])
     optimizer.step()

@@ -1,8 +1,10 @@
 """Training steps beside transformers on torch, at the shape of Gemma 3 270M.
 
-    python -m benchmarks.train_step [--batch B] [--length T] [--rounds R] [--remat KIND] [--quick]
+    python -m benchmarks.train_step [--batch B] [--length T] [--rounds R] [--remat KIND]
+        [--dtype DTYPE] [--quick]
 
-One random model on both sides, with all 262,144 rows of the embedding, in float32; the same rows of
+One random model on both sides, with all 262,144 rows of the embedding, parameters in float32, and
+activations and products in DTYPE: float32, or bfloat16 (the peer's by autocast). The same rows of
 random tokens, the same loss over the same targets, clipping, AdamW and learning rates; as many
 threads, huge pages. Ours is `compiled_step` as training runs it, its state donated; KIND is what
 layers keep for their gradients, `Model.remat`. The peer is `Gemma3ForCausalLM` with torch's fused
@@ -44,7 +46,6 @@ from optimer_jax.errors import UserError
 from optimer_jax.files import write_json
 from optimer_jax.gemma3 import (
   SIZES,
-  Gemma3Config,
   Model,
   init_leaves,
   leaf_shapes,
@@ -62,8 +63,9 @@ WAYS = tuple(itertools.product(('sdpa', 'eager'), ('whole', 'checkpointed')))  #
 TRIAL = 2  # steps of each way, of which the last counts
 
 
-def write_work(directory: Path, gemma: Gemma3Config, config: TrainConfig, length: int) -> None:
+def write_work(directory: Path, model: Model, config: TrainConfig, length: int) -> None:
   """What both sides read: the model in Hugging Face's layout, the rows and the settings."""
+  gemma = model.config
   names = {leaf: f'model.{external_name(leaf, 0)}' for leaf in leaf_shapes(gemma)}
   tensors = {
     names[leaf]: (torch_shape(leaf, shape), 'float32') for leaf, shape in leaf_shapes(gemma).items()
@@ -87,6 +89,7 @@ def write_work(directory: Path, gemma: Gemma3Config, config: TrainConfig, length
       'clip': config.clip,
       'weight_decay': config.weight_decay,
       'rates': [float(rate(step)) for step in range(config.steps)],
+      'dtype': model.dtype,
       'threads': len(os.sched_getaffinity(0)),
     },
   )
@@ -94,7 +97,8 @@ def write_work(directory: Path, gemma: Gemma3Config, config: TrainConfig, length
 
 def setting(options: argparse.Namespace) -> tuple[Model, TrainConfig]:
   """What to train, and how: without warmup, that all steps be steps."""
-  model = Model(SIZES['tiny' if options.quick else '270m'], remat=options.remat)
+  config = SIZES['tiny' if options.quick else '270m']
+  model = Model(config, dtype=options.dtype, remat=options.remat)
   return model, TrainConfig(steps=options.rounds + 1, batch=options.batch, warmup=0)
 
 
@@ -220,7 +224,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict:
   model, config = setting(options)
   with tempfile.TemporaryDirectory() as place:
     place = Path(place)
-    write_work(place, model.config, config, options.length)
+    write_work(place, model, config, options.length)
     print(f'{options.batch} rows of {options.length} tokens a step', flush=True)
     return compare(place, arguments, options.batch * options.length, options.rounds)
 
@@ -232,6 +236,7 @@ def main(arguments: list[str]) -> int:
   parser.add_argument('--length', type=int, default=256, metavar='T')
   parser.add_argument('--rounds', type=int, default=8, metavar='R')
   parser.add_argument('--remat', choices=tuple(REMAT), default='dots')
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--quick', action='store_true')
   parser.add_argument('--serve', type=Path, help=argparse.SUPPRESS)  # one side's own process
   options = parser.parse_args(arguments)

@@ -28,6 +28,7 @@ from optimer_jax.gemma3 import (
   token_nats,
 )
 from optimer_jax.gemma3.config import from_hf, to_hf
+from optimer_jax.gemma3.layers import project
 from optimer_jax.gemma3.loss import BLOCK
 from optimer_jax.gemma3.transformer import embed_logits, hidden
 
@@ -94,6 +95,23 @@ def test_bfloat16_activations(scan):
   found, expected = logits(tokens, model), logits(tokens)
   assert found.dtype == np.float32
   assert 1e-3 < np.sqrt(np.mean((found - expected) ** 2)) < 0.1 * expected.std()
+
+
+def test_bfloat16_products_on_cpu_have_exact_gradients():
+  # Of small integers every product and sum is exact; bfloat16 rounds only what comes out.
+  draw = lambda *shape: np.random.default_rng(0).integers(-4, 5, shape).astype(np.float32)
+  x, w, g = draw(2, 8, 6), draw(6, 2, 4), draw(2, 8, 2, 4)
+
+  @jax.jit
+  def found(x, w, g):
+    y, pull = jax.vjp(lambda x, w: project('BTD,DNH->BTNH', x, w), x, w)
+    return y, *pull(g)
+
+  y, of_x, of_w = found(x.astype(jnp.bfloat16), w, g.astype(jnp.bfloat16))
+  assert (y.dtype, of_x.dtype, of_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+  np.testing.assert_array_equal(y, np.einsum('BTD,DNH->BTNH', x, w).astype(jnp.bfloat16))
+  np.testing.assert_array_equal(of_x, np.einsum('BTNH,DNH->BTD', g, w).astype(jnp.bfloat16))
+  np.testing.assert_array_equal(of_w, np.einsum('BTD,BTNH->DNH', x, g))
 
 
 # Sizes and layouts.
