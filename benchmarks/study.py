@@ -231,9 +231,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   return '\n'.join([line(head), line(['---', *['---:'] * (len(head) - 1)]), *map(line, rows)])
 
 
-def ahead(runs: Runs, name: str) -> tuple[float, float] | None:
-  """OptiMer's loss minus a model's, over the seeds that have both; None if none is known."""
-  found = [run.difference('optimer', name) for run in having(runs, name)]
+def ahead(runs: Runs, name: str, of: str = 'optimer') -> tuple[float, float] | None:
+  """`of`'s loss minus a model's, over the seeds that have both; None if none is known."""
+  found = [run.difference(of, name) for run in having(having(runs, of), name)]
   return None if not found or None in found else together(found)
 
 
@@ -335,6 +335,16 @@ def weights_table(groups: dict[str, Runs]) -> str:
     for best in [run.best('vizier')]
   ]
   return table(['', *next(iter(groups.values()))[0].domains], rows)
+
+
+def ratios_table(groups: dict[str, Runs]) -> str:
+  """Whether training on the ratios that the weights are read as is better: below 0, it is."""
+  others = 'mixed-uniform', 'mix-best'
+  rows = [
+    [name, *(signed(ahead(runs, other, of='mixed-searched')) for other in others)]
+    for name, runs in groups.items()
+  ]
+  return table(['the mixture of the searched ratios minus', *(NAMES[o] for o in others)], rows)
 
 
 def again_table(groups: dict[str, Runs]) -> str:
@@ -466,6 +476,7 @@ TABLES: dict[str, Callable[[dict[str, Runs]], str]] = {
   'scores': scores_table,
   'costs': costs_table,
   'weights': weights_table,
+  'ratios': ratios_table,
   'again': again_table,
   'watched': watched_table,
   'geometry': geometry_table,
