@@ -43,6 +43,7 @@ from optimer_jax.run import (
 )
 from optimer_jax.search.evaluation import evaluation
 from optimer_jax.search.loop import run_study
+from optimer_jax.search.samplers import check_sampler
 from optimer_jax.search.study import Study
 from optimer_jax.search.together import led
 from optimer_jax.search.workers import work
@@ -56,6 +57,8 @@ from optimer_jax.vectors.trajectory import trajectory
 
 def pipeline(run: Run) -> None:
   """Import, one CPT run for each data set, vectors, search, merge, test, export, report."""
+  for study in (run.study, *(run.baselines.searches if run.baselines else ())):
+    check_sampler(study.sampler)
   say(
     f'OptiMer on {", ".join(run.names)} in {run.directory}: import {run.base}, train once on '
     f'each of {len(run.names)} data sets, extract the vectors, search their weights in '

@@ -80,6 +80,11 @@ class Baselines:
   retrain: bool = True
   heal_steps: int = 0
 
+  @property
+  def searches(self) -> tuple[StudyConfig, ...]:
+    more = self.checkpoints, self.with_mixture
+    return *self.studies, *(study for study in more if study)
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:

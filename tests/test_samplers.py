@@ -5,15 +5,18 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_run import make_run
 
 from optimer_jax.errors import UsageError, UserError
+from optimer_jax.pipeline import pipeline
+from optimer_jax.run import Baselines
 from optimer_jax.search import samplers
-from optimer_jax.search.samplers import SAMPLERS, Observation, make_sampler, recommend
+from optimer_jax.search.samplers import PEERS, SAMPLERS, Observation, make_sampler, recommend
+from optimer_jax.search.study import StudyConfig
 
 SPACE = {'ja': (0.0, 1.0), 'code': (-0.5, 1.5), 'zh': (0.0, 0.8)}
 TASKS = ['reading', 'sums']
 LOWEST = np.array([[0.2, 0.7, 0.1], [0.5, 0.1, 0.6]])
-PEERS = {'tpe': ['optuna'], 'gp': ['optuna', 'torch'], 'cmaes': ['cmaes']}
 
 
 def evaluate(point, gradients=False):
@@ -116,3 +119,11 @@ def test_an_unknown_name_and_a_missing_package(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'optuna', None)
   with pytest.raises(UserError, match=r'needs the package optuna.*optimer_jax\[peers\]'):
     make_sampler('tpe', SPACE, 0, TASKS, jnp.mean, tmp_path / 'study.db')
+
+
+def test_a_pipeline_asks_for_missing_packages_before_it_begins(tmp_path, monkeypatch):
+  monkeypatch.setitem(__import__('sys').modules, 'optuna', None)
+  others = Baselines(studies=(StudyConfig(name='tpe', sampler='tpe'),))
+  with pytest.raises(UserError, match="'tpe' needs the package optuna"):
+    pipeline(make_run(tmp_path / 'run', baselines=others))
+  assert not (tmp_path / 'run').exists()

@@ -21,6 +21,7 @@ On a simplex the weights are none below 0 and sum to 1.
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -251,10 +252,8 @@ class Optuna:
   wants_gradients = False
 
   def __init__(self, kind, space, seed, tasks, objective, path, observed):
-    self._optuna = _peer('optuna')
+    self._optuna = importlib.import_module('optuna')
     self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
-    if kind == 'GPSampler':
-      _peer('torch')
     self._kind, self._seed = kind, seed
     self._space = {
       name: self._optuna.distributions.FloatDistribution(*space[name]) for name in sorted(space)
@@ -287,7 +286,7 @@ class CmaEs:
   wants_gradients = False
 
   def __init__(self, space, seed, tasks, objective, path, observed):
-    self._cmaes = _peer('cmaes')
+    self._cmaes = importlib.import_module('cmaes')
     self._names, self._seed = sorted(space), seed
     self._bounds = np.array([space[name] for name in self._names], float)
     self._observed = list(observed)
@@ -394,6 +393,7 @@ _SCALAR: dict[str, Callable[..., Sampler]] = {
   'random': lambda *args: Design(_random, *args),
 }
 MODELLING = ('composite', 'gradient')  # They see each task.
+PEERS = {'tpe': ('optuna',), 'gp': ('optuna', 'torch'), 'cmaes': ('cmaes',)}  # what they need
 SAMPLERS = ('vizier', *MODELLING, *[name for name in _SCALAR if name != 'vizier'])
 
 
@@ -423,33 +423,33 @@ def make_sampler(
       less.
 
   Raises:
-    UsageError: there is none of that name; the message gives the nearest.
-    UserError: it needs a package that is not installed.
+    UsageError, UserError: as `check_sampler` says.
   """
-  check_name(name)
+  check_sampler(name)
   arguments = space, seed, tasks, objective, path, observed
   if name in MODELLING:
     return Composite(*arguments, simplex, left, wants_gradients=name == 'gradient')
   return OnSimplex(_SCALAR[name], *arguments) if simplex else _SCALAR[name](*arguments)
 
 
-def check_name(name: str) -> None:
-  """UsageError if there is no sampler of that name; the message gives the nearest."""
+def check_sampler(name: str) -> None:
+  """Whether a study can have it, before anything that it stands on is computed.
+
+  Raises:
+    UsageError: there is none of that name; the message gives the nearest.
+    UserError: it needs a package that is not installed.
+  """
   if name not in SAMPLERS:
     near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0)
     raise UsageError(
       f'there is no sampler {name!r}: did you mean {near[0]!r}? (known: {", ".join(SAMPLERS)})'
     )
-
-
-def _peer(package: str):
-  try:
-    return __import__(package)
-  except ImportError as error:
-    raise UserError(
-      f'this sampler needs the package {package}: install it with pip install '
-      "'optimer_jax[peers]', or choose another sampler"
-    ) from error
+  for package in PEERS.get(name, ()):
+    if importlib.util.find_spec(package) is None:
+      raise UserError(
+        f'the sampler {name!r} needs the package {package}: install it with pip install '
+        "'optimer_jax[peers]', or choose another sampler"
+      )
 
 
 def _scalars(observed: Sequence[Observation]) -> list[vizier.Observation]:

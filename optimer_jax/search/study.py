@@ -10,7 +10,7 @@ from optimer_jax.errors import UsageError, UserError
 from optimer_jax.merging.weighted_sum import Groups
 from optimer_jax.search.ledger import point_of
 from optimer_jax.search.objectives import Aggregate, Objective, losses_of, stderrs_of
-from optimer_jax.search.samplers import MODELLING, Observation, check_name
+from optimer_jax.search.samplers import MODELLING, Observation, check_sampler
 
 DENSITY = 'density'  # the one parameter of a merge method that is searched with the weights
 
@@ -74,7 +74,7 @@ class Study:
   method: str = ''
 
   def __post_init__(self):
-    check_name(self.config.sampler)
+    check_sampler(self.config.sampler)
     self.config.objective.check([*self.tasks])
     if problem := _problem(self):
       raise UsageError(f'study {self.config.name}{problem}')
