@@ -82,6 +82,7 @@ class Baselines:
 
   @property
   def searches(self) -> tuple[StudyConfig, ...]:
+    """All of them, in the order in which they are done."""
     more = self.checkpoints, self.with_mixture
     return *self.studies, *(study for study in more if study)
 

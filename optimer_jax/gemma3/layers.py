@@ -48,11 +48,11 @@ def project(einsum: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def bfloat16_product(x: jax.Array, w: jax.Array) -> jax.Array:
-  """x [R, I] times w [I, C], both rounded to bfloat16, for CPU.
+  """x [R, I] times w [I, C], both rounded to bfloat16: [R, C] in x's dtype, for CPU.
 
-  XLA has bfloat16 products of its own there, on processors with AMX several times as fast as
-  float32's, but only with float32 sums and where the left side is summed over its last axis. It
-  takes any other by way of float32; so would be two of the three in a training step.
+  XLA has bfloat16 products there, on processors with AMX far faster than float32's, but only with
+  float32 sums and where the left side is summed over its last axis. All others it takes by way of
+  float32, as it would those of the gradients that JAX derives.
   """
   return _float32_sums('RI,IC->RC', x, w).astype(x.dtype)
 
