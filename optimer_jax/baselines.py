@@ -41,7 +41,9 @@ from optimer_jax.run import (
   vector_fingerprints,
 )
 from optimer_jax.search.objectives import losses_of
+from optimer_jax.search.samplers import check_sampler
 from optimer_jax.search.simplexes import from_sticks, sticks
+from optimer_jax.search.study import StudyConfig
 from optimer_jax.training.train import TrainConfig
 
 
@@ -54,10 +56,13 @@ def baselines(run: Run) -> list[dict]:
     were scored to find it), `tokens` (trained on, the CPT runs' included) and `settings`.
 
   Raises:
-    UsageError: the run asks for no baselines.
+    UsageError: the run asks for no baselines, or for a sampler that there is not.
+    UserError: a sampler's package is not installed.
   """
   if run.baselines is None:
     raise UsageError('there is nothing to compare with: bind Run.baselines = @run.Baselines()')
+  for study in run.baselines.searches:
+    check_sampler(study.sampler)
   names, rows = counted(run, tasks_of(run, 'test')), []
   for part in (_mixtures, _merges, _searches):
     rows += [{**row, 'dev': row['dev'] if math.isfinite(row['dev']) else None} for row in part(run)]
@@ -191,19 +196,8 @@ def _tuned(run: Run, method: str) -> tuple[dict, int, float]:
 def _searches(run: Run) -> Iterator[dict]:
   """The answers of the run's study and of those of `Run.baselines`."""
   config, whole = run.baselines, len(run.names) * _tokens(run, run.training)
-  asked = [(run.vectors, each) for each in (run.study, *config.studies)]
-  if config.checkpoints:
-    more = {f'{name}-{step}': str(p) for name in run.names for step, p in kept_of(run, name)}
-    if not more:
-      raise UserError(
-        'Baselines.checkpoints searches the checkpoints of training, and none was kept: set '
-        'TrainConfig.keep_every'
-      )
-    asked.append(({**run.vectors, **more}, config.checkpoints))
-  if config.with_mixture:
-    more = {'mixed-uniform': str(run.path / 'mixed' / 'uniform')}
-    asked.append(({**run.vectors, **more}, config.with_mixture))
-  for vectors, study in asked:
+  for study in (run.study, *config.searches):
+    vectors = {**run.vectors, **_more_vectors(run, study)}
     own = dataclasses.replace(run, study=study, vectors=vectors)
     if own.vectors != run.vectors:
       once(lambda own=own: extract_each(own))
@@ -224,6 +218,21 @@ def _searches(run: Run) -> Iterator[dict]:
         'weights': best['weights'],
       },
     }
+
+
+def _more_vectors(run: Run, study: StudyConfig) -> dict[str, str]:
+  """The models whose vectors a search has beside the run's, by name."""
+  if study is run.baselines.with_mixture:
+    return {'mixed-uniform': str(run.path / 'mixed' / 'uniform')}
+  if study is not run.baselines.checkpoints:
+    return {}
+  found = {f'{name}-{step}': str(p) for name in run.names for step, p in kept_of(run, name)}
+  if not found:
+    raise UserError(
+      'Baselines.checkpoints searches the checkpoints of training, and none was kept: set '
+      'TrainConfig.keep_every'
+    )
+  return found
 
 
 def _scorer(run: Run, engine: Engine, cost: dict) -> Callable[[dict], dict]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small_run import make_run
 
+from optimer_jax.baselines import baselines
 from optimer_jax.errors import UsageError, UserError
 from optimer_jax.pipeline import pipeline
 from optimer_jax.run import Baselines
@@ -121,9 +122,10 @@ def test_an_unknown_name_and_a_missing_package(tmp_path, monkeypatch):
     make_sampler('tpe', SPACE, 0, TASKS, jnp.mean, tmp_path / 'study.db')
 
 
-def test_a_pipeline_asks_for_missing_packages_before_it_begins(tmp_path, monkeypatch):
+@pytest.mark.parametrize('verb', [pipeline, baselines])
+def test_missing_packages_are_asked_for_before_anything_is_computed(verb, tmp_path, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'optuna', None)
   others = Baselines(studies=(StudyConfig(name='tpe', sampler='tpe'),))
   with pytest.raises(UserError, match="'tpe' needs the package optuna"):
-    pipeline(make_run(tmp_path / 'run', baselines=others))
+    verb(make_run(tmp_path / 'run', baselines=others))
   assert not (tmp_path / 'run').exists()
