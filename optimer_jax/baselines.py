@@ -64,14 +64,13 @@ def baselines(run: Run) -> list[dict]:
   for study in run.baselines.searches:
     check_sampler(study.sampler)
   names, rows = counted(run, tasks_of(run, 'test')), []
-  for part in (_mixtures, _merges, _searches):
-    rows += [{**row, 'dev': row['dev'] if math.isfinite(row['dev']) else None} for row in part(run)]
+  for row in itertools.chain(_mixtures(run), _merges(run), _searches(run)):
+    rows.append({**row, 'dev': row['dev'] if math.isfinite(row['dev']) else None})
     once(functools.partial(write_json, run.path / 'baselines.json', rows))
-    for row in rows:
-      if row['model'] != 'optimer':
-        compare(run, 'optimer', row['model'], names)
-      if row['kind'] == 'mixture' and row is not rows[0]:
-        compare(run, row['model'], rows[0]['model'], names)
+    if row['model'] != 'optimer':
+      compare(run, 'optimer', row['model'], names)
+    if row['kind'] == 'mixture' and len(rows) > 1:
+      compare(run, row['model'], rows[0]['model'], names)
   return rows
 
 
