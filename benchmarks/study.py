@@ -256,6 +256,19 @@ def scores_table(groups: dict[str, Runs]) -> str:
   return table(['mean bits per byte on test text', *heads], rows)
 
 
+def domains_table(groups: dict[str, Runs]) -> str:
+  """How far OptiMer is ahead on the test text of each domain: below 0, it is."""
+  rows = []
+  for name, runs in groups.items():
+    for other in ('average', 'mixed-uniform'):
+      cells = [f'{name}: {NAMES[other]}']
+      for task in runs[0].domains:
+        found = [run.bits('optimer', task) - run.bits(other, task) for run in having(runs, other)]
+        cells.append(f'{statistics.fmean(found):+.4f}' if found else '–')
+      rows.append(cells)
+  return table(['OptiMer minus', *next(iter(groups.values()))[0].domains], rows)
+
+
 def costs_table(groups: dict[str, Runs]) -> str:
   """What a configuration costs, searched and trained."""
   rows = []
@@ -335,6 +348,18 @@ def weights_table(groups: dict[str, Runs]) -> str:
     for best in [run.best('vizier')]
   ]
   return table(['', *next(iter(groups.values()))[0].domains], rows)
+
+
+def modules_table(groups: dict[str, Runs]) -> str:
+  """The searched weights of each type of module, means over the seeds that have them."""
+  rows, domains = [], next(iter(groups.values()))[0].domains
+  for name, runs in groups.items():
+    found = [run.best('modules')['weights'] for run in having(runs, 'studies-modules')]
+    for kind in dict.fromkeys(key.partition(':')[2] for each in found for key in each):
+      means = (statistics.fmean(each[f'{d}:{kind}'] for each in found) for d in domains)
+      seeds = f'{len(found)} of {len(runs)} seeds'
+      rows.append([f'{name.rpartition(", ")[0]}, {seeds}: {kind}', *(f'{w:.3f}' for w in means)])
+  return table(['weights of module types', *domains], rows)
 
 
 def ratios_table(groups: dict[str, Runs]) -> str:
@@ -474,8 +499,10 @@ def _search(run: Kept, study: str) -> study_plots.Points:
 
 TABLES: dict[str, Callable[[dict[str, Runs]], str]] = {
   'scores': scores_table,
+  'domains': domains_table,
   'costs': costs_table,
   'weights': weights_table,
+  'modules': modules_table,
   'ratios': ratios_table,
   'again': again_table,
   'watched': watched_table,
