@@ -1,11 +1,12 @@
 """The paper's claims, tested by what runs/study_270m.gin left.
 
-    python -m benchmarks.study [--keep RUN …] [--write]
+    python -m benchmarks.study [--keep RUN …] [--untimed RUN …] [--write]
 
 Reads benchmarks/results/study: run directories without their weights, as --keep copies them there
-from RUN (a directory that `optimer pipeline --gin_file=runs/study_270m.gin` filled). Prints the
-tables of RESULTS.md and, as the last line, one JSON object of the main comparison: the setting with
-most seeds. --write puts the tables into RESULTS.md, between their markers, and draws its pictures.
+from RUN (a directory that `optimer pipeline --gin_file=runs/study_270m.gin` filled), and --untimed
+without the seconds, which say nothing where runs shared a device. Prints the tables of RESULTS.md
+and, as the last line, one JSON object of the main comparison: the setting with most seeds. --write
+puts the tables into RESULTS.md, between their markers, and draws its pictures.
 
 A difference is of mean losses on test text, paired by example, over the tasks that count; where a
 setting has several seeds, their mean, and the standard error of that mean from the differences of
@@ -15,6 +16,7 @@ the seeds or, if it is larger, from the examples (which the seeds share).
 import argparse
 import dataclasses
 import itertools
+import json
 import math
 import re
 import shutil
@@ -56,6 +58,7 @@ NAMES = {
   'studies-checkpoints': 'OptiMer, checkpoints in the pool',
   'studies-with_mixture': 'OptiMer, the uniform mixture in the pool',
   'mixed-healed': 'OptiMer, trained on with its ratios',
+  'mixed-healed-slowly': 'OptiMer, trained on at a quarter of the rate',
   'mixed-uniform': 'mixture, uniform',
   'mix-best': 'mixture, best of the grid',
   'mixed-searched': 'mixture, the searched ratios',
@@ -75,6 +78,11 @@ class Kept:
     return read_json(self.path / 'training.json')
 
   @property
+  def tokens(self) -> int:
+    """Of a CPT run."""
+    return self.training['steps'] * self.training['batch'] * self.training['length']
+
+  @property
   def rows(self) -> dict[str, dict]:
     return {row['model']: row for row in read_json(self.path / 'baselines.json')}
 
@@ -90,8 +98,8 @@ class Kept:
 
   def alias(self, name: str) -> str:
     """What is chosen among several: a mixture by its loss on development text; a model by test."""
-    if name == 'mix-best':
-      grid = [n for n in self.rows if re.fullmatch(r'mixed-(uniform|ratios-\d+)', n)]
+    grid = [n for n in self.rows if re.fullmatch(r'mixed-(uniform|ratios-\d+)', n)]
+    if name == 'mix-best' and len(grid) > 1:
       return min(grid, key=lambda n: self.rows[n]['dev'])
     if name == 'best-single':
       names = [path.stem for path in (self.path / 'evaluations').glob('cpt-*.json')]
@@ -122,11 +130,17 @@ class Kept:
     By the losses on development text on its way, with straight lines between them; None if it never
     was, or if they were not kept.
     """
-    goal, way = self.rows['optimer']['dev'], self.way
+    goal, way = self.found, self.way
     for (step, loss), (next_step, next_loss) in itertools.pairwise([(0, self.dev_at(0)), *way]):
       if next_loss <= goal:
         return (step + (next_step - step) * (loss - goal) / (loss - next_loss)) / way[-1][0]
     return None
+
+  @property
+  def found(self) -> float:
+    """The loss of the first search's answer on development text."""
+    best = self.best('vizier')
+    return self.loss(best[best['chosen']])
 
   @property
   def way(self) -> list[tuple[int, float]]:
@@ -149,6 +163,11 @@ class Kept:
 
   def loss(self, trial: dict) -> float:
     return statistics.fmean(trial['scores'][task]['value'] for task in self.domains)
+
+  @property
+  def timed(self) -> bool:
+    """Whether the seconds of its stages were kept."""
+    return all(row['seconds'] for row in read_jsonl(self.path / 'costs.jsonl'))
 
   def costs(self, pattern: str, key: str) -> list[float]:
     """Of each stage whose name matches: what its attempts cost that did not find all done."""
@@ -175,7 +194,7 @@ class Kept:
 Runs = Sequence[Kept]  # of one setting, with a seed each
 
 
-def keep(run: Path) -> None:
+def keep(run: Path, timed: bool = True) -> None:
   """Copies what is small in a run directory; evaluations without the scores of examples."""
   if not (run / 'baselines.json').exists():
     raise UserError(f'{run} has no baselines.json: finish its pipeline first')
@@ -189,6 +208,9 @@ def keep(run: Path) -> None:
     value = read_json(file)
     if isinstance(value, dict):
       write_json(file, {key: kept for key, kept in value.items() if key != 'per_example'})
+  if not timed:
+    rows = [{**row, 'seconds': None} for row in read_jsonl(run / 'costs.jsonl')]
+    write_text(target / 'costs.jsonl', ''.join(f'{json.dumps(row)}\n' for row in rows))
   manifest = next((run / 'cpt').glob('*/manifest.json'))
   write_json(target / 'training.json', read_json(manifest)['facts']['settings'])
 
@@ -197,13 +219,13 @@ def settings(runs: Iterable[Kept]) -> dict[str, Runs]:
   """The runs of each setting, by what tells it from others; the shortest training first."""
   found = {}
   for run in runs:
-    found.setdefault((run.training['steps'], run.training['learning_rate']), []).append(run)
-  return {_named(*key, group): group for key, group in sorted(found.items())}
+    found.setdefault((run.tokens, run.training['learning_rate']), []).append(run)
+  return {_named(rate, group): group for (_, rate), group in sorted(found.items())}
 
 
-def _named(steps: int, rate: float, runs: Runs) -> str:
-  tokens = steps * runs[0].training['batch'] * runs[0].training['length']
-  return f'{tokens / 1000:.0f}k tokens, lr {rate:g}, {len(runs)} seed{"s" * (len(runs) > 1)}'
+def _named(rate: float, runs: Runs) -> str:
+  seeds = f'{len(runs)} seed{"s" * (len(runs) > 1)}'
+  return f'{runs[0].tokens / 1000:.0f}k tokens, lr {rate:g}, {seeds}'
 
 
 def together(differences: Sequence[dict]) -> tuple[float, float]:
@@ -215,7 +237,7 @@ def together(differences: Sequence[dict]) -> tuple[float, float]:
 
 
 def having(runs: Runs, name: str) -> Runs:
-  """The seeds that have a model; more seeds may have the main comparison alone."""
+  """The seeds that have a model: some have the main comparison alone."""
   return [run for run in runs if run.evaluation(name)]
 
 
@@ -241,19 +263,36 @@ def signed(difference: tuple[float, float] | None) -> str:
   return '' if difference is None else '{:+.4f} ± {:.4f}'.format(*difference)
 
 
+def fewer(some: Runs, runs: Runs) -> str:
+  """A remark where not all seeds of a setting have something."""
+  return f' ({len(some)} of {len(runs)} seeds)' if 0 < len(some) < len(runs) else ''
+
+
+def main_setting(groups: dict[str, Runs]) -> str:
+  """The name of the setting with most seeds."""
+  return max(groups, key=lambda name: len(groups[name]))
+
+
 def scores_table(groups: dict[str, Runs]) -> str:
   """Test losses of every model, and how far OptiMer is ahead: below 0, it is."""
-  rows = []
+  setting, rows = main_setting(groups), []
+  runs = groups[setting]
   for name, label in NAMES.items():
-    cells = [label]
-    for runs in groups.values():
-      score, seeds = mean(runs, name), len(having(runs, name))
-      fewer = f' ({seeds} of {len(runs)} seeds)' if 0 < seeds < len(runs) else ''
-      cells.append('–' if score is None else f'{score:.4f}{fewer}')
-      cells.append(signed(ahead(runs, name)))
-    rows.append(cells)
-  heads = [head for name in groups for head in (name, 'OptiMer minus it')]
-  return table(['mean bits per byte on test text', *heads], rows)
+    some = having(runs, name)
+    score = f'{mean(runs, name):.4f}{fewer(some, runs)}' if some else '–'
+    rows.append([label, score, signed(ahead(runs, name))])
+  return table([f'bits per byte on test text: {setting}', 'mean', 'OptiMer minus it'], rows)
+
+
+def settings_table(groups: dict[str, Runs]) -> str:
+  """The merge, the average and the mixture for other lengths and rates of training."""
+  names, rows = ('base', 'best-single', 'average', 'optimer', 'mixed-uniform'), []
+  for setting, runs in groups.items():
+    values = (mean(runs, name) for name in names)
+    differences = (ahead(runs, name) for name in ('average', 'mixed-uniform'))
+    rows.append([setting, *(f'{v:.4f}' for v in values), *(signed(d) or '–' for d in differences)])
+  others = ('minus the average', 'minus the mixture')
+  return table(['bits per byte on test text', *(NAMES[name] for name in names), *others], rows)
 
 
 def domains_table(groups: dict[str, Runs]) -> str:
@@ -273,13 +312,23 @@ def costs_table(groups: dict[str, Runs]) -> str:
   """What a configuration costs, searched and trained."""
   rows = []
   for name, runs in groups.items():
-    for key, form in (('flops', '.3g'), ('seconds', '.1f')):
-      found = cost_ratio(runs, key)
+    timed = [run for run in runs if run.timed]
+    for key, form, some in (('flops', '.3g', runs), ('seconds', '.1f', timed)):
+      if not some:
+        continue
+      found = cost_ratio(some, key)
       costs = (f'{found[each]:{form}}' for each in ('training', 'trial', 'mixture'))
       kinds = ('excluding_training', 'including_training')
       equal = found['equal_quality']
       cells = ['–'] * 2 if equal is None else [f'{equal[kind]:.1f}' for kind in kinds]
-      rows.append([f'{name}: {key}', *costs, *(f'{found[kind]:.1f}' for kind in kinds), *cells])
+      rows.append(
+        [
+          f'{name}: {key}{fewer(some, runs)}',
+          *costs,
+          *(f'{found[kind]:.1f}' for kind in kinds),
+          *cells,
+        ]
+      )
   head = [
     *('', 'the K CPT runs', 'a trial of the search', 'a mixture, trained and scored'),
     *('mixture / trial', f'{CONFIGURATIONS} of each, with the CPT runs'),
@@ -357,8 +406,7 @@ def modules_table(groups: dict[str, Runs]) -> str:
     found = [run.best('modules')['weights'] for run in having(runs, 'studies-modules')]
     for kind in dict.fromkeys(key.partition(':')[2] for each in found for key in each):
       means = (statistics.fmean(each[f'{d}:{kind}'] for each in found) for d in domains)
-      seeds = f'{len(found)} of {len(runs)} seeds'
-      rows.append([f'{name.rpartition(", ")[0]}, {seeds}: {kind}', *(f'{w:.3f}' for w in means)])
+      rows.append([f'{name}{fewer(found, runs)}: {kind}', *(f'{w:.3f}' for w in means)])
   return table(['weights of module types', *domains], rows)
 
 
@@ -455,30 +503,41 @@ def gap_table(groups: dict[str, Runs]) -> str:
   """What is left on test text of the gain on development text."""
   rows = []
   for name, runs in groups.items():
-    dev = statistics.fmean(run.dev_at(0) - run.rows['optimer']['dev'] for run in runs)
+    dev = statistics.fmean(run.dev_at(0) - run.found for run in runs)
     test = mean(runs, 'base') - mean(runs, 'optimer')
     rows.append([name, f'{dev:.4f}', f'{test:.4f}', f'{test / dev:.0%}'])
   return table(['gain over the base', 'development', 'test', 'left'], rows)
 
 
 def pictures(groups: dict[str, Runs]) -> dict[str, Figure]:
-  """By the name of their file."""
-  differences, ways, searches = {}, {}, {}
-  for name, runs in groups.items():
-    found = {
-      label: ahead(runs, model)
-      for model, label in NAMES.items()
-      if model not in ('base', 'best-single', 'optimer')  # They would flatten the others.
+  """By the name of their file: of the main comparison, and across settings."""
+  runs = groups[main_setting(groups)]
+  found = {
+    label: ahead(runs, model)
+    for model, label in NAMES.items()
+    if model not in ('base', 'best-single', 'optimer')  # They would flatten the others.
+  }
+  searches = {
+    study: [_search(run, study) for run in runs if run.trials(study)]
+    for study in ('vizier', 'composite', 'gradient', 'tpe', 'sobol')
+  }
+  models = {
+    **{'base': 'base', 'best CPT model': 'best-single', 'average': 'average'},
+    **{'OptiMer': 'optimer', 'uniform mixture': 'mixed-uniform'},
+  }
+  losses = {
+    (each[0].tokens, each[0].training['learning_rate']): {
+      label: mean(each, name) for label, name in models.items()
     }
-    differences[name] = {label: each for label, each in found.items() if each}
-    if all(run.way for run in runs):
-      ways[name] = [_way(run) for run in runs]
-    searches[name] = {
-      study: [_search(run, study) for run in runs if run.trials(study)]
-      for study in ('vizier', 'composite', 'gradient', 'tpe', 'sobol')
-    }
-  found = {'ahead': study_plots.ahead(differences), 'searching': study_plots.searching(searches)}
-  return {**found, **({'mixing': study_plots.mixing(ways)} if ways else {})}
+    for each in groups.values()
+  }
+  made = {
+    'ahead': study_plots.ahead({label: each for label, each in found.items() if each}),
+    'searching': study_plots.searching({name: each for name, each in searches.items() if each}),
+    'settings': study_plots.settings(losses),
+  }
+  ways = [_way(run) for run in runs if run.way]
+  return {**made, **({'mixing': study_plots.mixing(ways)} if ways else {})}
 
 
 def _way(run: Kept) -> tuple[study_plots.Points, dict[str, float]]:
@@ -486,7 +545,7 @@ def _way(run: Kept) -> tuple[study_plots.Points, dict[str, float]]:
   merges = {
     'base': run.dev_at(0),
     'average': run.dev_at(1 / len(run.domains)),
-    'OptiMer': run.rows['optimer']['dev'],
+    'OptiMer': run.found,
   }
   return [(step * a_step, loss) for step, loss in run.way], merges
 
@@ -499,6 +558,7 @@ def _search(run: Kept, study: str) -> study_plots.Points:
 
 TABLES: dict[str, Callable[[dict[str, Runs]], str]] = {
   'scores': scores_table,
+  'settings': settings_table,
   'domains': domains_table,
   'costs': costs_table,
   'weights': weights_table,
@@ -535,6 +595,8 @@ def measure(options: argparse.Namespace) -> dict:
   """Prints the tables, and returns the last line."""
   for run in options.keep:
     keep(run)
+  for run in options.untimed:
+    keep(run, timed=False)
   groups, made = tables()
   for name, text in made.items():
     print(f'{name}\n\n{text}\n')
@@ -542,7 +604,7 @@ def measure(options: argparse.Namespace) -> dict:
     write_text(RESULTS, filled(RESULTS.read_text(encoding='utf-8'), made))
     for name, figure in pictures(groups).items():
       (KEPT / f'{name}.png').write_bytes(png(figure))
-  most = max(groups.values(), key=len)
+  most = groups[main_setting(groups)]
   ratio = cost_ratio(most, 'flops')
   names = {
     'base': 'base',
@@ -568,7 +630,8 @@ def measure(options: argparse.Namespace) -> dict:
 def main(arguments: list[str]) -> int:
   """Prints the tables and the JSON object; returns the exit status."""
   parser = argparse.ArgumentParser(prog='python -m benchmarks.study')
-  parser.add_argument('--keep', type=Path, action='append', default=[], metavar='RUN')
+  for option in ('--keep', '--untimed'):
+    parser.add_argument(option, type=Path, action='append', default=[], metavar='RUN')
   parser.add_argument('--write', action='store_true', help='put the tables into RESULTS.md')
   options = parser.parse_args(arguments)
   return print_found(lambda: measure(options))

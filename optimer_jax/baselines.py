@@ -50,6 +50,9 @@ from optimer_jax.training.train import TrainConfig
 def baselines(run: Run) -> list[dict]:
   """Trains, tunes and searches what `Run.baselines` names, and scores all of it on test.
 
+  Each is compared with OptiMer, in pairs, and a mixture with the uniform one and with the best one
+  before it, too.
+
   Returns:
     The rows of RUN/baselines.json: `model` (of RUN/evaluations), `kind` (mixture, merge or
     search), `dev` (the mean loss on development text of the tasks that count), `tried` (how many
@@ -69,8 +72,10 @@ def baselines(run: Run) -> list[dict]:
     once(functools.partial(write_json, run.path / 'baselines.json', rows))
     if row['model'] != 'optimer':
       compare(run, 'optimer', row['model'], names)
-    if row['kind'] == 'mixture' and len(rows) > 1:
-      compare(run, row['model'], rows[0]['model'], names)
+    if row['kind'] == 'mixture' and (before := rows[:-1]):
+      best = min(before, key=lambda other: math.inf if other['dev'] is None else other['dev'])
+      for other in {before[0]['model'], best['model']}:
+        compare(run, row['model'], other, names)
   return rows
 
 
@@ -102,7 +107,9 @@ def _mixtures(run: Run) -> Iterator[dict]:
     healing = dataclasses.replace(
       whole, steps=config.heal_steps, warmup=min(whole.warmup, config.heal_steps - 1)
     )
+    slowly = dataclasses.replace(healing, learning_rate=healing.learning_rate / 4)
     plans['healed'] = (searched, healing, 'optimer')
+    plans['healed-slowly'] = (searched, slowly, 'optimer')
     plans['uniform-longer'] = (plans['uniform'][0], longer, None)
   for name, (ratios, training, start) in plans.items():
     train_mixture(run, name, ratios, training, start)

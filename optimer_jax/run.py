@@ -66,8 +66,9 @@ class Baselines:
     checkpoints: a search of the vectors and of those of the checkpoints that training kept.
     with_mixture: a search of the vectors and of the uniform mixture's.
     retrain: train on the weights that the run's study chose as ratios, too.
-    heal_steps: of training on after the merge, with its weights as ratios; 0: none. A uniform
-      mixture with as many steps more is trained as well.
+    heal_steps: of training on after the merge, with its weights as ratios, at the learning rate of
+      training and at a quarter of it; 0: none. A uniform mixture with as many steps more is trained
+      as well.
   """
 
   mixtures: int = 4

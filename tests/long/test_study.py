@@ -33,7 +33,8 @@ SMALL = {
 }
 MODELS = {
   *('base', 'average', 'cpt-de', 'cpt-fr', 'optimer', 'exported'),
-  *(f'mixed-{name}' for name in ('uniform', 'ratios-1', 'searched', 'healed', 'uniform-longer')),
+  *(f'mixed-{name}' for name in ('uniform', 'ratios-1', 'searched', 'uniform-longer')),
+  *('mixed-healed', 'mixed-healed-slowly'),
   *(f'merged-{name}' for name in ('task_arithmetic', 'ties', 'dare_linear')),
   *(f'studies-{name}' for name in ('composite', 'gradient', 'tpe', 'sobol', 'worst', 'limited')),
   *(f'studies-{name}' for name in ('blocks', 'modules', 'checkpoints', 'with_mixture')),
@@ -64,6 +65,10 @@ def test_everything_is_scored_and_compared_once(run):
   compared = {(row['a'], row['b']) for row in read_json(run / 'evaluations' / 'comparisons.json')}
   assert {('optimer', name) for name in MODELS if name != 'optimer'} <= compared
   assert ('mixed-searched', 'mixed-uniform') in compared
+  before = [name for name in rows if name.startswith('mixed')]
+  before = before[: before.index('mixed-searched')]
+  best = min(before, key=lambda name: rows[name]['dev'])
+  assert before[0] == 'mixed-uniform' and ('mixed-searched', best) in compared
   # As many tokens in a mixture as in all CPT runs together, and in what is trained on, more.
   assert len({rows[name]['tokens'] for name in rows if 'longer' in name or 'healed' in name}) == 1
   assert rows['mixed-uniform']['tokens'] == 2 * 6 * 4 * 256 == rows['optimer']['tokens']
