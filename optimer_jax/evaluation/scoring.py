@@ -155,12 +155,13 @@ def likelihood_gradient(
       if len(results) > 1:
         jax.block_until_ready(results[-2])
 
-  nats = np.zeros(len(distinct))
-  gradient = np.zeros((len(groups.names(model.config)), len(vectors)))
-  for batch, (batch_nats, slopes) in zip(batches, results, strict=True):
+  nats, found = np.zeros(len(distinct)), jax.device_get(results)
+  for batch, (batch_nats, _) in zip(batches, found, strict=True):
     _count(nats, batch, batch_nats)
-    gradient += weights_gradient(model.config, slopes, groups)
-  return nats[plan.distinct], gradient
+  # Summed here: to take scanned layers apart on a device is a program for each leaf.
+  every = [slopes for _, slopes in found]
+  slopes = jax.tree.map(lambda *each: np.sum(each, axis=0, dtype=np.float64), *every)
+  return nats[plan.distinct], weights_gradient(model.config, slopes, groups)
 
 
 def _count(sums: np.ndarray, batch: Batch, values: jax.Array | np.ndarray) -> None:

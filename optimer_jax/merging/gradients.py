@@ -31,13 +31,13 @@ def weights_gradient(config: Gemma3Config, slopes: dict, groups: Groups = ALL) -
 
   Args:
     config: of the model.
-    slopes: from `likelihood_slopes`.
+    slopes: from `likelihood_slopes`, on the host.
     groups: which leaves share weights; by default all, and G is 1.
   """
   leaves = to_leaves(config, slopes)
   names = groups.names(config)
   rows = [names.index(groups.of(leaf, config.num_layers)) for leaf in leaves]
-  values = np.stack([np.asarray(slope, np.float64) for slope in leaves.values()])
+  values = np.stack([*leaves.values()]).astype(np.float64)
   out = np.zeros((len(names), values.shape[1]))
   np.add.at(out, rows, values)
   return out
