@@ -167,7 +167,7 @@ class Kept:
   @property
   def timed(self) -> bool:
     """Whether the seconds of its stages were kept."""
-    return all(row['seconds'] for row in read_jsonl(self.path / 'costs.jsonl'))
+    return all(row['seconds'] is not None for row in read_jsonl(self.path / 'costs.jsonl'))
 
   def costs(self, pattern: str, key: str) -> list[float]:
     """Of each stage whose name matches: what its attempts cost that did not find all done."""
@@ -320,15 +320,9 @@ def costs_table(groups: dict[str, Runs]) -> str:
       costs = (f'{found[each]:{form}}' for each in ('training', 'trial', 'mixture'))
       kinds = ('excluding_training', 'including_training')
       equal = found['equal_quality']
-      cells = ['–'] * 2 if equal is None else [f'{equal[kind]:.1f}' for kind in kinds]
-      rows.append(
-        [
-          f'{name}: {key}{fewer(some, runs)}',
-          *costs,
-          *(f'{found[kind]:.1f}' for kind in kinds),
-          *cells,
-        ]
-      )
+      cells = [f'{found[kind]:.1f}' for kind in kinds]
+      cells += ['–'] * 2 if equal is None else [f'{equal[kind]:.1f}' for kind in kinds]
+      rows.append([f'{name}: {key}{fewer(some, runs)}', *costs, *cells])
   head = [
     *('', 'the K CPT runs', 'a trial of the search', 'a mixture, trained and scored'),
     *('mixture / trial', f'{CONFIGURATIONS} of each, with the CPT runs'),
@@ -414,7 +408,7 @@ def ratios_table(groups: dict[str, Runs]) -> str:
   """Whether training on the ratios that the weights are read as is better: below 0, it is."""
   others = 'mixed-uniform', 'mix-best'
   rows = [
-    [name, *(signed(ahead(runs, other, of='mixed-searched')) for other in others)]
+    [name, *(signed(ahead(runs, other, of='mixed-searched')) or '–' for other in others)]
     for name, runs in groups.items()
   ]
   return table(['the mixture of the searched ratios minus', *(NAMES[o] for o in others)], rows)
