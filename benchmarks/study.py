@@ -343,7 +343,7 @@ def cost_ratio(runs: Runs, key: str) -> dict:
   asked = len(runs[0].trials('vizier'))
   training = len(runs[0].domains) * average('train/.*')
   trial = average('search/vizier') / asked
-  trained = average(r'mixed/(uniform|ratios-\d+)')
+  trained = average('mixed/uniform')
 
   def ratios(share: float) -> dict[str, float]:
     tuning, search = CONFIGURATIONS * (share * trained + trial), CONFIGURATIONS * trial
