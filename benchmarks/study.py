@@ -64,6 +64,7 @@ NAMES = {
   'mixed-searched': 'mixture, the searched ratios',
   'mixed-uniform-longer': 'mixture, uniform, longer',
 }
+SEARCHES = 'vizier', 'composite', 'gradient', 'tpe', 'sobol'  # one weight for each vector
 CONFIGURATIONS = 16  # that a mixture is tuned over, where costs are compared
 
 
@@ -289,9 +290,9 @@ def settings_table(groups: dict[str, Runs]) -> str:
   names, rows = ('base', 'best-single', 'average', 'optimer', 'mixed-uniform'), []
   for setting, runs in groups.items():
     values = (mean(runs, name) for name in names)
-    differences = (ahead(runs, name) for name in ('average', 'mixed-uniform'))
+    differences = (ahead(runs, name) for name in ('average', 'mixed-uniform', 'mixed-healed'))
     rows.append([setting, *(f'{v:.4f}' for v in values), *(signed(d) or '–' for d in differences)])
-  others = ('minus the average', 'minus the mixture')
+  others = ('OptiMer minus the average', 'minus the mixture', 'minus itself trained on')
   return table(['bits per byte on test text', *(NAMES[name] for name in names), *others], rows)
 
 
@@ -405,13 +406,15 @@ def modules_table(groups: dict[str, Runs]) -> str:
 
 
 def ratios_table(groups: dict[str, Runs]) -> str:
-  """Whether training on the ratios that the weights are read as is better: below 0, it is."""
-  others = 'mixed-uniform', 'mix-best'
-  rows = [
-    [name, *(signed(ahead(runs, other, of='mixed-searched')) or '–' for other in others)]
-    for name, runs in groups.items()
-  ]
-  return table(['the mixture of the searched ratios minus', *(NAMES[o] for o in others)], rows)
+  """What is ahead of the mixtures, below 0: the searched ratios, other ratios, a merge with one."""
+  models, others = ('mixed-searched', 'studies-with_mixture'), ('mixed-uniform', 'mix-best')
+  rows = []
+  for name, runs in groups.items():
+    for model in models:
+      if some := having(runs, model):
+        cells = (signed(ahead(runs, other, of=model)) or '–' for other in others)
+        rows.append([f'{name}{fewer(some, runs)}: {NAMES[model]}', *cells])
+  return table(['minus', *(NAMES[other] for other in others)], rows)
 
 
 def again_table(groups: dict[str, Runs]) -> str:
@@ -511,9 +514,9 @@ def pictures(groups: dict[str, Runs]) -> dict[str, Figure]:
     for model, label in NAMES.items()
     if model not in ('base', 'best-single', 'optimer')  # They would flatten the others.
   }
+  compared = [run for run in runs if sum(map(bool, map(run.trials, SEARCHES))) > 1]
   searches = {
-    study: [_search(run, study) for run in runs if run.trials(study)]
-    for study in ('vizier', 'composite', 'gradient', 'tpe', 'sobol')
+    study: [_search(run, study) for run in compared if run.trials(study)] for study in SEARCHES
   }
   models = {
     **{'base': 'base', 'best CPT model': 'best-single', 'average': 'average'},
@@ -545,9 +548,11 @@ def _way(run: Kept) -> tuple[study_plots.Points, dict[str, float]]:
 
 
 def _search(run: Kept, study: str) -> study_plots.Points:
+  """The cost of its trials so far, and their losses above the best that is known of the vectors."""
   trials, forward = run.trials(study), run.trials('vizier')[0]['flops']
+  best = min(run.loss(row) for each in SEARCHES for row in run.trials(each))
   costs = itertools.accumulate(row['flops'] / forward for row in trials)
-  return [*zip(costs, map(run.loss, trials), strict=True)]
+  return [*zip(costs, (run.loss(row) - best for row in trials), strict=True)]
 
 
 TABLES: dict[str, Callable[[dict[str, Runs]], str]] = {

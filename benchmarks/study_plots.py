@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from optimer_jax.report.style import AVERAGE, BASE, INK, OPTIMER, WIDTH, looks, styled
 
 Points = Sequence[tuple[float, float]]
+FLOOR = 1e-5  # bits per byte: what is nearer to the best known is drawn here
 
 
 @styled
@@ -92,22 +93,24 @@ def mixing(ways: Sequence[tuple[Points, Mapping[str, float]]]) -> Figure:
 
 @styled
 def searching(found: Mapping[str, Sequence[Points]]) -> Figure:
-  """The best loss so far of each sampler, by what it cost.
+  """How far the best trial so far of each sampler is from the best known, by what it cost.
 
   Args:
-    found: by sampler, for each seed, the (cost in forward evaluations, loss) of its trials.
+    found: by sampler, for each seed, the (cost in forward evaluations, loss above the best known)
+      of its trials.
   """
-  figure = Figure(figsize=(WIDTH, 2.9))
+  figure = Figure(figsize=(WIDTH, 3.2))
   panel = figure.subplots()
   look = looks([*found])
   for sampler, seeds in found.items():
     for seed, trials in enumerate(seeds):
       costs, losses = zip(*trials, strict=True)
-      best = [*itertools.accumulate(losses, min)]
+      best = [max(loss, FLOOR) for loss in itertools.accumulate(losses, min)]
       label = None if seed else sampler
       panel.step(costs, best, where='post', ms=3, label=label, **look[sampler].kwargs())
+  panel.set_yscale('log')
   panel.set_xlabel('forward evaluations')
   panel.grid(axis='y')
-  panel.set_ylabel('best so far, bits per byte, development')
-  panel.legend(loc='upper right')
+  panel.set_ylabel('bits per byte above the best known')
+  figure.legend(loc='outside upper center', ncols=len(found))
   return figure

@@ -50,8 +50,8 @@ from optimer_jax.training.train import TrainConfig
 def baselines(run: Run) -> list[dict]:
   """Trains, tunes and searches what `Run.baselines` names, and scores all of it on test.
 
-  Each is compared with OptiMer, in pairs, and a mixture with the uniform one and with the best one
-  before it, too.
+  Each is compared with OptiMer, in pairs; a mixture also with the uniform one and with the best one
+  before it; and what has the uniform mixture's vector with the uniform mixture.
 
   Returns:
     The rows of RUN/baselines.json: `model` (of RUN/evaluations), `kind` (mixture, merge or
@@ -72,11 +72,21 @@ def baselines(run: Run) -> list[dict]:
     once(functools.partial(write_json, run.path / 'baselines.json', rows))
     if row['model'] != 'optimer':
       compare(run, 'optimer', row['model'], names)
-    if row['kind'] == 'mixture' and (before := rows[:-1]):
-      best = min(before, key=lambda other: math.inf if other['dev'] is None else other['dev'])
-      for other in {before[0]['model'], best['model']}:
-        compare(run, row['model'], other, names)
+    for other in _rivals(rows):
+      compare(run, row['model'], other, names)
   return rows
+
+
+def _rivals(rows: list[dict]) -> set[str]:
+  """What else the last row is compared with: the uniform mixture, and the best one before it."""
+  *before, row = rows
+  if not before:
+    return set()
+  uniform = before[0]['model']
+  if row['kind'] != 'mixture':
+    return {uniform} & {*row['settings']['weights']}  # The search has its vector.
+  best = min(before, key=lambda other: math.inf if other['dev'] is None else other['dev'])
+  return {uniform, best['model']}
 
 
 def mixture_ratios(names: tuple[str, ...], count: int) -> dict[str, dict[str, float]]:

@@ -304,6 +304,7 @@ def _evaluate(options: argparse.Namespace, bindings: list[str]) -> None:
   from optimer_jax import configs
   from optimer_jax.evaluate import compare, evaluate, looks, name_of
   from optimer_jax.parallel.startup import start
+  from optimer_jax.run import counted, tasks_of
 
   models = [*options.model, *(m for m in options.compare or () if m not in options.model)]
   tasks = [name for name in options.tasks.split(',') if name]
@@ -316,7 +317,8 @@ def _evaluate(options: argparse.Namespace, bindings: list[str]) -> None:
   start(run.cache_path)
   _print_scores(evaluate(run, models), looks(run))
   if options.compare:
-    _print_comparison(compare(run, *map(name_of, options.compare)))
+    searched = counted(run, tasks_of(run, 'test'))
+    _print_comparison(compare(run, *map(name_of, options.compare), searched))
   print(run.path / 'evaluations')
 
 

@@ -266,6 +266,14 @@ def test_two_models_in_pairs(done, folder, capsys):
   (pair,) = read_json(directory / 'evaluations' / 'comparisons.json')
   assert f'{pair["difference"]:+.4f} ± {pair["stderr"]:.4f}  p = {pair["p"]:.4f}' in out
 
+  # What the objective does not count is compared, and is not in the mean.
+  run[4:] = ["--gin.Objective.weights={'east': 0.0}"]
+  code, out, err = call(capsys, *run, '--compare', 'north=1', 'base')
+  assert code == 0, err
+  (pair,) = read_json(directory / 'evaluations' / 'comparisons.json')
+  assert {*pair['per_task']} == {'north', 'east', 'mine'}
+  assert pair['difference'] == pair['per_task']['north']['difference']
+
 
 def change(folder: Path, old: str, new: str) -> None:
   file = folder / 'tasks' / 'mine.gin'

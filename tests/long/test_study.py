@@ -65,6 +65,7 @@ def test_everything_is_scored_and_compared_once(run):
   compared = {(row['a'], row['b']) for row in read_json(run / 'evaluations' / 'comparisons.json')}
   assert {('optimer', name) for name in MODELS if name != 'optimer'} <= compared
   assert ('mixed-searched', 'mixed-uniform') in compared
+  assert ('studies-with_mixture', 'mixed-uniform') in compared
   before = [name for name in rows if name.startswith('mixed')]
   before = before[: before.index('mixed-searched')]
   best = min(before, key=lambda name: rows[name]['dev'])
