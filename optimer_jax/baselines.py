@@ -77,16 +77,16 @@ def baselines(run: Run) -> list[dict]:
   return rows
 
 
-def _rivals(rows: list[dict]) -> set[str]:
+def _rivals(rows: list[dict]) -> list[str]:
   """What else the last row is compared with: the uniform mixture, and the best one before it."""
   *before, row = rows
   if not before:
-    return set()
+    return []
   uniform = before[0]['model']
   if row['kind'] != 'mixture':
-    return {uniform} & {*row['settings']['weights']}  # The search has its vector.
+    return [uniform] if uniform in row['settings']['weights'] else []  # The search has its vector.
   best = min(before, key=lambda other: math.inf if other['dev'] is None else other['dev'])
-  return {uniform, best['model']}
+  return [*dict.fromkeys((uniform, best['model']))]
 
 
 def mixture_ratios(names: tuple[str, ...], count: int) -> dict[str, dict[str, float]]:
